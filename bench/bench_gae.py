@@ -1,0 +1,183 @@
+"""How long do advantages take? packed_gae beside what trainers run, which is a Python loop over time.
+
+    python bench/bench_gae.py [--device cpu|cuda] [--threads 2] [--most-tokens 1048576] [--repeats 20]
+
+All providers take turns in one process, so that a busy machine slows all of them; each starts from a cold cache (a
+buffer larger than any cache is written in between). Prints a table and appends it to bench/results/gae.csv. Times are
+medians in microseconds, outputs allocated and all. GB/s counts 17 bytes a token: value and mask read, reward, advantage
+and return written; "of copy" is its share of what torch's copy_ of as many bytes reaches in the same run.
+
+Loops take (S, L) tensors and one step of Python for each of L tokens; they are ours but for verl's, which runs if
+installed:
+  loop          delta and lambda alone (the recurrence of TRL and OpenRLHF, where masking comes later)
+  masked loop   and masked tokens carried through (that of verl and NeMo-RL)
+"""
+
+import argparse
+import csv
+import logging
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rlsp_kernels.packed_gae import backend_report, packed_gae, packed_gae_torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results" / "gae.csv"
+BYTES_A_TOKEN = 17
+LONGEST_LOOP = 131072  # a Python loop takes seconds there
+
+# Sequences x tokens of each: few long ones as well as many short ones.
+CASES = [
+    (8, 2048), (1, 16384), (64, 2048), (1, 131072), (64, 4096), (512, 2048), (8, 131072), (4096, 2048), (64, 131072),
+]  # fmt: skip
+
+
+def loop(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """GAE over (S, L), one token at a time; the mask is not looked at."""
+    next_value = advantage = torch.zeros_like(value[:, 0])
+    columns = []
+    for t in range(value.shape[1] - 1, -1, -1):
+        advantage = reward[:, t] + gamma * next_value - value[:, t] + gamma * lam * advantage
+        next_value = value[:, t]
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + value
+
+
+def masked_loop(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """GAE over (S, L), one token at a time; masked tokens carry next value and advantage through."""
+    next_value = advantage = torch.zeros_like(value[:, 0])
+    columns = []
+    for t in range(value.shape[1] - 1, -1, -1):
+        keep = mask[:, t]
+        step = reward[:, t] + gamma * next_value - value[:, t] + gamma * lam * advantage
+        advantage = keep * step + (1 - keep) * advantage
+        next_value = keep * value[:, t] + (1 - keep) * next_value
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + value
+
+
+def providers(S: int, L: int, device: str) -> dict[str, Callable[[], object]]:
+    """Name -> the call that is timed, for one batch of S sequences of L tokens."""
+    g = torch.Generator().manual_seed(0)
+    T = S * L
+    value_T = torch.randn(T, generator=g).to(device)
+    mask_T = torch.ones(T, dtype=torch.bool, device=device)
+    cu_seqlens = torch.arange(0, T + 1, L, dtype=torch.int32, device=device)
+    terminal = {"terminal_reward_S": torch.randn(S, generator=g).to(device), "gamma": 1.0, "lam": 0.95}
+    reward, value, mask = torch.zeros(S, L, device=device), value_T.view(S, L), mask_T.view(S, L).float()
+    reward[:, -1] = terminal["terminal_reward_S"]
+    source = torch.empty(BYTES_A_TOKEN * T // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    calls = {"copy": lambda: target.copy_(source)}
+    for name in ("cuda",) if device == "cuda" else ("cpp",):
+        if backend_report()[name].loaded:
+            calls[name] = lambda name=name: packed_gae(value_T, cu_seqlens, mask_T, backend=name, **terminal)
+        else:
+            print(f"{name}: left out, {backend_report()[name].detail}")
+    calls["torch"] = lambda: packed_gae_torch(value_T, cu_seqlens, mask_T, **terminal)
+    compiled = torch.compile(packed_gae_torch, dynamic=True)
+    calls["torch.compile"] = lambda: compiled(value_T, cu_seqlens, mask_T, **terminal)
+    if L <= LONGEST_LOOP and T <= 1 << 20:
+        calls["loop"] = lambda: loop(reward, value, mask, 1.0, 0.95)
+        calls["masked loop"] = lambda: masked_loop(reward, value, mask, 1.0, 0.95)
+        try:
+            from verl.trainer.ppo.core_algos import compute_gae_advantage_return
+        except ImportError as error:
+            print(f"verl: left out, {error}")
+        else:
+            gamma, lam = torch.tensor(1.0, device=device), torch.tensor(0.95, device=device)
+            calls["verl"] = lambda: compute_gae_advantage_return(reward, value, mask, gamma, lam)
+    return calls
+
+
+def measure(calls: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, list[float]]:
+    """Microseconds of every call, in turns. What takes more than a second is called three times and not warmed up."""
+    flush = torch.empty((256 if device == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+
+    def once(call: Callable[[], object]) -> float:
+        flush.fill_(0)
+        if device == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            return 1e3 * begin.elapsed_time(end)
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+
+    times = {name: [once(call)] for name, call in calls.items()}  # compiles, and fills torch's allocator
+    slow = {name for name, (first,) in times.items() if first > 1e6 and name != "torch.compile"}
+    times = {name: kept if name in slow else [] for name, kept in times.items()}
+    for turn in range(repeats):
+        for name, call in calls.items():
+            if name not in slow or turn < 2:
+                times[name].append(once(call))
+    return times
+
+
+def device_name(device: str) -> str:
+    """GPU or CPU model."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{models[0]} ({torch.get_num_threads()} threads)" if models else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--most-tokens", type=int, default=8 << 20, help="leave out larger cases")
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.getLogger("torch._dynamo").setLevel(
+        logging.ERROR
+    )  # the definition breaks its graph where it looks at shapes
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+    rows = []
+    for S, L in CASES:
+        if S * L > args.most_tokens:
+            continue
+        times = measure(providers(S, L, args.device), args.device, args.repeats)
+        median = {name: statistics.median(all_times) for name, all_times in times.items()}
+        loops = [median[name] for name in ("verl", "masked loop") if name in median]
+        print(f"\n{S} x {L} = {S * L} tokens")
+        print(f"{'':15}{'median us':>12}{'p20':>12}{'p80':>12}{'GB/s':>9}{'of copy':>9}{'loop / this':>13}")
+        for name, all_times in times.items():
+            low, high = statistics.quantiles(all_times, n=5)[0], statistics.quantiles(all_times, n=5)[-1]
+            gb_per_s, share = BYTES_A_TOKEN * S * L / median[name] / 1e3, median["copy"] / median[name]
+            faster = f"{loops[0] / median[name]:.1f}" if loops else ""
+            print(f"{name:15}{median[name]:12.1f}{low:12.1f}{high:12.1f}{gb_per_s:9.2f}{share:9.1%}{faster:>13}")
+            rows.append([
+                commit, device_name(args.device), torch.__version__, S, L, name, f"{median[name]:.1f}", f"{low:.1f}",
+                f"{high:.1f}", f"{gb_per_s:.2f}", f"{share:.3f}", faster,
+            ])  # fmt: skip
+
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            names = "commit device torch sequences tokens_each provider median_us p20_us p80_us gb_per_s of_copy"
+            writer.writerow([*names.split(), "loop_over_this"])
+        writer.writerows(rows)
+    print(f"\nappended to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

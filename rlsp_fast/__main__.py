@@ -1,0 +1,156 @@
+"""The command line: `rlsp VERB ...` or `python -m rlsp_fast VERB ...`; under torchrun, `-m rlsp_fast VERB ...`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlsp_fast import __version__
+from rlsp_fast import config as configs
+
+_EPILOG = """\
+Settings are a recipe (a TOML or YAML file, or the name of a shipped one) and dotted.key=value overrides:
+  rlsp run demo train.steps=20 output.dir=outputs/short
+  torchrun --nproc-per-node 8 -m rlsp_fast run llama-3.1-8b-math model.path=/models/Llama-3.1-8B-Instruct
+`rlsp config` lists every key. --dry-run prints the resolved config and stops.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.verb(args)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:  # every mistake of a user is a ValueError of ours; a bug's traceback must stay visible
+        if not type(error).__module__.startswith("rlsp_fast"):
+            raise
+        return _fail(str(error), 2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlsp",
+        description="Reinforcement learning via self-play: SFT on reasoning, then PPO on vLLM rollouts.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help)
+        sub.set_defaults(verb=run)
+        return sub
+
+    def recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="a .toml or .yaml file, or the name of a shipped recipe")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. train.steps=20")
+        sub.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+
+    recipe(verb("run", _stages(sft=True, rl=True), "the whole method: evaluate, SFT, PPO, evaluate, report"))
+    recipe(verb("sft", _stages(sft=True, rl=False), "supervised fine-tuning on demonstrations only"))
+    recipe(verb("train", _stages(sft=False, rl=True), "PPO from model.path, without SFT"))
+    recipe(verb("eval", _eval, "accuracy and length of model.path on data.validation"))
+    demo = verb("demo", _demo, "train a small transformer from scratch on this machine, a CPU will do")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the demo recipe")
+    demo.add_argument("--full", action="store_true", help="the longer recipe: more steps, more problems")
+    demo.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    report = verb("report", _report, "print the table and redraw the curves of a finished or running run")
+    report.add_argument("dir", type=Path, help="the run's output.dir")
+    check = verb("verify", _verify, "grade a file of responses with the outcome verifier")
+    check.add_argument("file", help='JSONL rows {"gold": ..., "response": ...}; - reads standard input')
+    check.add_argument("--out", default="-", help="where rows with `verdict` and `seconds` go (default: standard output)")
+    mode = check.add_mutually_exclusive_group()
+    mode.add_argument("--strict", dest="mode", action="store_const", const="strict", help="the answer must be boxed")
+    mode.add_argument("--lenient", dest="mode", action="store_const", const="lenient", help="a box is not required")
+    check.set_defaults(mode="strict")
+    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="limit of one verification")
+    check.add_argument("--workers", type=int, default=2, help="verifier processes")
+    gguf = verb("import-gguf", _import_gguf, "turn a GGUF model into a Hugging Face folder")
+    gguf.add_argument("source", help="a .gguf file, or an installed package that holds one")
+    gguf.add_argument("out", type=Path, help="folder to write")
+    verb("config", _config, "every setting with its default and meaning, as Markdown")
+    return parser
+
+
+def _stages(*, sft: bool, rl: bool) -> object:
+    def go(args: argparse.Namespace) -> int:
+        return _go(configs.load(args.recipe, args.overrides), args.dry_run, sft=sft, rl=rl)
+
+    return go
+
+
+def _eval(args: argparse.Namespace) -> int:
+    config = configs.load(args.recipe, args.overrides)
+    if not config.data.validation:
+        raise configs.ConfigError("data.validation is empty: name the problems to evaluate on")
+    return _go(config, args.dry_run, sft=False, rl=False)
+
+
+def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
+    if dry_run:
+        print(configs.dump(config), end="")
+        return 0
+    from rlsp_fast import dist, sync, train  # torch loads here, after every mistake in the settings has been reported
+
+    try:
+        train.run(config, with_sft=sft, with_rl=rl)
+    except train.Interrupted as stop:
+        return _fail(str(stop), 130)
+    except sync.StaleWeightsError as error:
+        return _fail(str(error), 3)
+    finally:
+        dist.cleanup()
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    config = configs.load("demo-full" if args.full else "demo", args.overrides)
+    if not args.dry_run:
+        from rlsp_fast import demo
+
+        demo.prepare(Path(config.sft.train[0]).parent, config)
+    return _go(config, args.dry_run, sft=True, rl=True)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from rlsp_fast.report import write_report
+
+    path = args.dir / "config.toml"
+    if not path.is_file():
+        raise configs.ConfigError(f"{args.dir}: no config.toml there, so it is no run's output.dir")
+    write_report(args.dir, configs.load(str(path)))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from rlsp_fast.verifier import verify_file
+
+    verify_file(args.file, args.out, mode=args.mode, timeout_s=args.timeout, workers=args.workers)
+    return 0
+
+
+def _import_gguf(args: argparse.Namespace) -> int:
+    from rlsp_fast.convert import import_gguf
+
+    print(import_gguf(args.source, args.out))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    print(configs.reference(), end="")
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    """One message, from the first rank of each node: every rank found the same mistake."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"rlsp: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

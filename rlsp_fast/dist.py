@@ -1,0 +1,86 @@
+"""Ranks: one process each, started by torchrun or alone. The same code on gloo (CPU) and NCCL (GPU)."""
+
+import os
+import socket
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from rlsp_fast.config import ConfigError
+
+
+def setup(timeout_s: float = 1800) -> torch.device:
+    """Joins the process group (a group of one without torchrun) and returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo beside NCCL: metrics and weights for checkpoints are reduced on the host
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return device
+
+
+def cleanup() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mesh(device: torch.device, shard_size: int = 0) -> DeviceMesh:
+    """FSDP mesh: one axis, or (replicate, shard) when shard_size is smaller than the world (HSDP)."""
+    n = world_size()
+    shard_size = shard_size or n
+    if n % shard_size:
+        raise ConfigError(f"train.fsdp_shard_size = {shard_size} does not divide the number of ranks, {n}")
+    if shard_size == n:
+        return init_device_mesh(device.type, (n,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (n // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def sum_over_ranks(values: Iterable[float]) -> list[float]:
+    """Elementwise sum over ranks, in float64; every rank gets it."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Iterable[float]) -> list[float]:
+    """Elementwise maximum over ranks."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: Iterable[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+    x = torch.tensor(list(values), dtype=torch.float64)
+    if world_size() > 1 and len(x):
+        dist.all_reduce(x, op)
+    return x.tolist()
+
+
+def gather_objects(value: object) -> list:
+    """One object per rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    out: list = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,313 @@
+"""Policy and critic: a Hugging Face decoder over packed sequences, sharded with FSDP2.
+
+Axes: T packed positions, S sequences, D hidden size, V vocabulary, N heads, H head size, L positions of the longest sequence.
+The decoder runs once over all T positions as a batch of one; only attention knows where sequences begin and end.
+"""
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlsp_fast.config import ModelConfig
+from rlsp_fast.packing import PackedBatch
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or trained; the message names the path and the fix."""
+
+
+# --- attention over packed sequences ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What attention needs to know about a packed batch, computed once and shared by all layers."""
+
+    backend: str
+    cu_seqlens: Tensor
+    max_seqlen: int
+    slot_T: Tensor | None
+    """sdpa only: position t's place in a (S * L) grid."""
+    num_sequences: int
+
+
+def _layout(batch: PackedBatch, backend: str) -> _Layout:
+    slot_T = None
+    if backend == "sdpa":
+        lengths = torch.tensor(batch.lengths, device=batch.input_T.device)
+        sequence_T = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        slot_T = sequence_T * batch.max_seqlen + batch.position_ids
+    return _Layout(backend, batch.cu_seqlens, batch.max_seqlen, slot_T, len(batch.lengths))
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    packed: _Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sequence of a packed batch; no position sees another sequence.
+
+    Args:
+        query: (1, N, T, H); key, value: (1, N_kv, T, H).
+        packed: the batch's layout.
+    Returns:
+        (1, T, N, H), None: what a Hugging Face attention interface returns.
+    Cost: flash_attn and varlen do no padded work. sdpa pads queries, keys and values (nothing else) to the longest
+        sequence: S * L * L instead of the sum of squared lengths.
+    """
+    q_TNH, k_TNH, v_TNH = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    window = (sliding_window - 1, 0) if sliding_window and sliding_window < packed.max_seqlen else (-1, 0)
+    cu, longest = packed.cu_seqlens, packed.max_seqlen
+    assert not softcap or packed.backend == "flash_attn", "build refuses this"
+    if packed.backend == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        out_TNH = flash_attn_varlen_func(
+            q_TNH, k_TNH, v_TNH, cu, cu, longest, longest, dropout, scaling, causal=True,
+            window_size=window if window[0] >= 0 else (-1, -1), softcap=softcap or 0.0,
+        )  # fmt: skip
+    elif packed.backend == "varlen":
+        out_TNH = _varlen(q_TNH, k_TNH, v_TNH, cu, longest, scaling, window)
+    else:
+        out_TNH = _sdpa(q_TNH, k_TNH, v_TNH, packed, scaling, window)
+    return out_TNH.unsqueeze(0), None
+
+
+def _varlen(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, cu: Tensor, longest: int, scaling: float | None,
+    window: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # torch 2.11 to 2.14 differ in what they take
+    options: dict[str, Any] = {"scale": scaling, "window_size": window}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = q_TNH.shape[1] != k_TNH.shape[1]
+    else:
+        k_TNH, v_TNH = (x.repeat_interleave(q_TNH.shape[1] // x.shape[1], 1) for x in (k_TNH, v_TNH))
+    if "window_size" not in known:
+        if window != (-1, 0):
+            raise ModelError("this torch's varlen_attn has no sliding window; set model.attention=sdpa")
+        options = {name: value for name, value in options.items() if name in known} | {"is_causal": True}
+    return varlen_attn(q_TNH, k_TNH, v_TNH, cu, cu, longest, longest, **options)
+
+
+def _sdpa(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packed: _Layout, scaling: float | None,
+    window: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    S, L, slot_T = packed.num_sequences, packed.max_seqlen, packed.slot_T
+
+    def padded(x_TNH: Tensor) -> Tensor:
+        N, H = x_TNH.shape[1:]
+        x_SLNH = x_TNH.new_zeros(S * L, N, H).index_copy(0, slot_T, x_TNH).view(S, L, N, H)
+        return x_SLNH.transpose(1, 2)
+
+    # Padding follows its sequence, so causal attention alone keeps every real position from seeing it.
+    mask = None
+    if window[0] >= 0:
+        distance = torch.arange(L, device=slot_T.device)[:, None] - torch.arange(L, device=slot_T.device)
+        mask = (distance >= 0) & (distance <= window[0])
+    gqa = q_TNH.shape[1] != k_TNH.shape[1]
+    out_SNLH = F.scaled_dot_product_attention(
+        padded(q_TNH), padded(k_TNH), padded(v_TNH), mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+    )
+    return out_SNLH.transpose(1, 2).reshape(S * L, *q_TNH.shape[1:]).index_select(0, slot_T)
+
+
+AttentionInterface.register("rlsp_packed", packed_attention)
+AttentionMaskInterface.register("rlsp_packed", lambda *args, **kwargs: None)
+
+
+def attention_backend(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(backend, why). A backend asked for by name that cannot run here raises; auto takes the first that can."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    missing = {
+        "flash_attn": None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed",
+        "varlen": None if importlib.util.find_spec("torch.nn.attention.varlen") else "this torch has no varlen_attn",
+        "sdpa": None,
+    }
+    for name in ("flash_attn", "varlen"):
+        if device.type != "cuda":
+            missing[name] = f"{name} needs a CUDA GPU"
+        elif not half:
+            missing[name] = f"{name} needs model.dtype = bfloat16"
+    if choice != "auto":
+        if missing[choice]:
+            raise ModelError(f"model.attention = {choice}: {missing[choice]}; use sdpa or auto")
+        return choice, "asked for"
+    name = next(name for name, why in missing.items() if why is None)
+    return name, "; ".join(why for why in missing.values() if why) or "fastest installed"
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    found = _existing(path)
+    try:
+        return AutoTokenizer.from_pretrained(found)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path = {path!r}: no tokenizer there ({_first_line(error)})") from None
+
+
+def load_config(path: str) -> Any:
+    found = _existing(path)
+    try:
+        return AutoConfig.from_pretrained(found)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path = {path!r}: not a Hugging Face model folder or a hub name that can be fetched "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _load_causal_lm(path: str) -> PreTrainedModel:
+    """The model in its checkpoint's dtype, attention set to ours, dropout off."""
+    config = load_config(path)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            _existing(path), config=config, attn_implementation="rlsp_packed", dtype="auto"
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: other shapes, a cut file
+        raise ModelError(f"model.path = {path!r}: cannot load the weights ({_first_line(error)})") from None
+    for module in lm.modules():  # PPO compares log-probabilities of two passes: they must be the same function
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return lm
+
+
+def _existing(path: str) -> str:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().exists():
+        raise ModelError(f"model.path = {path!r}: no such folder")
+    return str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+# --- modules ----------------------------------------------------------------------------------
+
+
+class _Packed(nn.Module):
+    """A decoder over packed sequences. Everything that touches weights runs inside forward, where FSDP has gathered them."""
+
+    def __init__(self, lm: PreTrainedModel, attention: str):
+        super().__init__()
+        self.lm = lm
+        self.attention = attention
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """(T, D): the last hidden states of a packed batch."""
+        out = self.lm.base_model(
+            input_ids=batch.input_T[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            packed=_layout(batch, self.attention),
+        )
+        return out.last_hidden_state.squeeze(0)
+
+
+class Policy(_Packed):
+    """A causal language model. `forward(batch, fn)` hands fn the hidden states and the output projection."""
+
+    def __init__(self, lm: PreTrainedModel, attention: str):
+        super().__init__(lm, attention)
+        config = lm.config
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def forward(self, batch: PackedBatch, fn: Callable[..., Any]) -> Any:
+        """fn(hidden_TD, weight_VD, bias_V=..., softcap=..., logit_scale=...): one of rlsp_kernels' linear ops."""
+        head = self.lm.get_output_embeddings()
+        return fn(
+            self.hidden(batch),
+            head.weight,
+            bias_V=getattr(head, "bias", None),
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+        )
+
+
+class Critic(_Packed):
+    """The policy's architecture with one number per position instead of logits. Starts at value 0 everywhere."""
+
+    def __init__(self, lm: PreTrainedModel, attention: str):
+        super().__init__(lm, attention)
+        lm.set_output_embeddings(None)  # dead weight in the optimizer otherwise; a tied one is the embedding, which stays
+        self.value_head = nn.Linear(lm.config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """value_T: (T,) f32, the value before the token that position t predicts. Never scaled by temperature."""
+        head = self.value_head
+        return (self.hidden(batch).float() @ head.weight.float()[0]) + head.bias.float()
+
+
+def build(kind: type[Policy] | type[Critic], config: ModelConfig, path: str, device: torch.device, mesh: DeviceMesh) -> Any:
+    """Loads a Policy or Critic and shards it: float32 master weights, compute in config.dtype, reductions in float32.
+
+    Args:
+        kind: Policy or Critic.
+        path: Hugging Face folder or hub name (config.path, or an SFT checkpoint).
+        mesh: dist.mesh(...).
+    Raises:
+        ModelError: naming the path and what is wrong with it.
+    """
+    dtype = DTYPES[config.dtype]
+    backend, why = attention_backend(config.attention, device, dtype)
+    log.info("attention over packed sequences: %s (%s)", backend, why)
+    lm = _load_causal_lm(path)
+    if getattr(lm.config, "attn_logit_softcapping", None) and backend != "flash_attn":
+        raise ModelError(f"model.path = {path!r}: an attention soft-cap needs model.attention = flash_attn, not {backend}")
+    module = kind(lm, backend)
+    if config.activation_checkpointing:
+        module.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        module.train()  # Hugging Face layers recompute in training mode only; dropout is already off
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
+    layers = _decoder_layers(module.lm)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module.to(device).float()  # sharded first: only this rank's share is ever float32
+
+
+def _decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
+    layers = getattr(lm.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"{type(lm).__name__} keeps its layers elsewhere than model.layers: not supported")
+    return layers

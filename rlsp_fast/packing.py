@@ -1,0 +1,125 @@
+"""Sequences of different lengths laid end to end, in micro-batches under a token budget, balanced over ranks.
+
+Axes: T packed positions, S sequences. No padding: T is the sum of the lengths. What a position predicts: types.predicted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlsp_fast.types import predicted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """S sequences as one row of T positions; position t predicts token_T[t]."""
+
+    input_T: Tensor
+    """(T,) i64 input tokens."""
+    token_T: Tensor
+    """(T,) i64 target tokens: the next token of the same sequence."""
+    mask_T: Tensor
+    """(T,) bool, True where the target is a response token."""
+    position_ids: Tensor
+    """(T,) i64, from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """(S + 1,) i32 borders: sequence s is positions cu_seqlens[s] to cu_seqlens[s + 1]."""
+    max_seqlen: int
+    """Longest sequence, positions."""
+    lengths: tuple[int, ...]
+    """cu_seqlens' differences on the host, so that nothing waits for the device."""
+    index: tuple[int, ...]
+    """Which input sequence each packed one is."""
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        names = ("input_T", "token_T", "mask_T", "position_ids", "cu_seqlens")
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def pack(
+    sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], index: Sequence[int] | None = None
+) -> PackedBatch:
+    """Packs (prompt ids, response ids) pairs in the order given.
+
+    Raises:
+        ValueError: on a sequence with fewer than two tokens, since it predicts nothing.
+    """
+    inputs, targets, mask, positions, lengths = [], [], [], [], []
+    for prompt_ids, response_ids in sequences:
+        if len(prompt_ids) + len(response_ids) < 2:
+            raise ValueError("want at least 2 tokens in a sequence: one to read and one to predict")
+        x, y, m = predicted(tuple(prompt_ids), tuple(response_ids))
+        inputs += x
+        targets += y
+        mask += m
+        positions += range(len(x))
+        lengths.append(len(x))
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return PackedBatch(
+        input_T=torch.tensor(inputs, dtype=torch.int64),
+        token_T=torch.tensor(targets, dtype=torch.int64),
+        mask_T=torch.tensor(mask, dtype=torch.bool),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        cu_seqlens=borders,
+        max_seqlen=max(lengths, default=0),
+        lengths=tuple(lengths),
+        index=tuple(range(len(lengths)) if index is None else index),
+    )
+
+
+def balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Indices in num_bins bins of near-equal total length: longest first, each into the emptiest bin.
+
+    Bins hold equal counts (they differ by one at most), so that every rank has work; ties go to the lower bin, so that
+    every rank computes the same answer.
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    totals = [0] * num_bins
+    room = [len(lengths) // num_bins + (b < len(lengths) % num_bins) for b in range(num_bins)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        b = min((b for b in range(num_bins) if len(bins[b]) < room[b]), key=lambda b: (totals[b], b))
+        bins[b].append(i)
+        totals[b] += lengths[i]
+    return [sorted(b) for b in bins]
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that no group passes max_tokens: first-fit decreasing, within 22 % of the fewest groups.
+
+    Raises:
+        ValueError: when one sequence alone passes max_tokens.
+    """
+    groups: list[list[int]] = []
+    totals: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > max_tokens:
+            raise ValueError(
+                f"a sequence of {lengths[i]} tokens is longer than train.max_tokens_per_micro_batch = {max_tokens}"
+            )
+        g = next((g for g, total in enumerate(totals) if total + lengths[i] <= max_tokens), len(groups))
+        if g == len(groups):
+            groups.append([])
+            totals.append(0)
+        groups[g].append(i)
+        totals[g] += lengths[i]
+    return groups
+
+
+def schedule(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Per rank, its micro-batches as lists of indices: near-equal tokens and exactly equal counts on every rank.
+
+    FSDP's collectives need every rank in every forward, so a rank with fewer micro-batches gets empty ones: it runs any
+    sequence with weight 0.
+    """
+    split = [
+        [[share[i] for i in group] for group in micro_batches([lengths[i] for i in share], max_tokens)]
+        for share in balance(lengths, num_ranks)
+    ]
+    count = max(len(groups) for groups in split)
+    return [groups + [[]] * (count - len(groups)) for groups in split]

@@ -1,0 +1,381 @@
+"""PPO over packed rollouts: annotate them with log-probabilities, values and advantages, then update critic and policy.
+
+Axes: T packed positions, S sequences. The same loop serves GRPO, RLOO and REINFORCE++: they differ in `_advantages` alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rlsp_kernels import (
+    PPOMetrics,
+    linear_logprob_entropy,
+    linear_ppo_loss,
+    packed_gae,
+    value_loss,
+    whiten,
+)
+from torch import Tensor
+
+from rlsp_fast import dist
+from rlsp_fast.config import AlgorithmConfig, Config
+from rlsp_fast.log import Timer
+from rlsp_fast.model import Critic, Policy
+from rlsp_fast.optim import Optimizer
+from rlsp_fast.packing import PackedBatch, pack, schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One scored rollout, as PPO needs it."""
+
+    group: int
+    """Problems count from 0 within a step; the samples of a problem share its number."""
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    rollout_logprob: tuple[float, ...]
+    """Per response token, nats, at the rollout's temperature."""
+    reward: float
+    """Of the whole response."""
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
+@dataclass(slots=True, kw_only=True)
+class MicroBatch:
+    """A packed batch and everything PPO learns about it. Per-token tensors are (T,) f32, meaningful where mask_T is True."""
+
+    batch: PackedBatch
+    group: tuple[int, ...]
+    """Per sequence, its problem."""
+    reward_S: Tensor
+    """(S,) f32."""
+    rollout_logprob_T: Tensor
+    weight_T: Tensor
+    """Share of each token in its mini-batch's policy loss; 0 outside responses."""
+    critic_weight_T: Tensor
+    """The same for the value loss: always the mean over tokens."""
+    old_logprob_T: Tensor | None = None
+    ref_logprob_T: Tensor | None = None
+    value_T: Tensor | None = None
+    token_reward_T: Tensor | None = None
+    advantage_T: Tensor | None = None
+    return_T: Tensor | None = None
+
+
+class PPO:
+    """Policy, critic and reference with their optimizers."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        actor_optimizer: Optimizer,
+        critic: Critic | None,
+        critic_optimizer: Optimizer | None,
+        ref: Policy | None,
+        device: torch.device,
+    ):
+        self.config = config
+        self.algorithm: AlgorithmConfig = config.algorithm
+        self.temperature = config.rollout.temperature
+        self.policy, self.actor_optimizer = policy, actor_optimizer
+        self.critic, self.critic_optimizer = critic, critic_optimizer
+        self.ref = ref
+        self.device = device
+
+    # --- batches ------------------------------------------------------------------------------
+
+    def pack(self, samples: Sequence[Sample]) -> list[list[MicroBatch]]:
+        """This rank's micro-batches of every mini-batch. Samples are those of all ranks, in the same order everywhere.
+
+        Each mini-batch is spread over the ranks as packing.schedule says.
+        """
+        train = self.config.train
+        size = train.mini_batch_size * self.config.rollout.n
+        mini_batches = []
+        for start in range(0, len(samples), size):
+            chosen = samples[start : start + size]
+            lengths = [s.num_positions for s in chosen]
+            groups = schedule(lengths, dist.world_size(), train.max_tokens_per_micro_batch)[dist.rank()]
+            num_tokens = sum(len(s.response_ids) for s in chosen)
+            mini_batches.append(
+                [self._micro([chosen[i] for i in g or [0]], num_tokens, len(chosen), idle=not g) for g in groups]
+            )
+        return mini_batches
+
+    def _micro(self, samples: Sequence[Sample], num_tokens: int, num_sequences: int, *, idle: bool) -> MicroBatch:
+        batch = pack([(s.prompt_ids, s.response_ids) for s in samples])
+        rollout_logprob: list[float] = []
+        weight: list[float] = []
+        for s in samples:
+            nothing = [0.0] * (s.num_positions - len(s.response_ids))
+            rollout_logprob += [*nothing, *s.rollout_logprob]
+            per_token = {
+                "token_mean": 1 / num_tokens,
+                "sequence_mean": 1 / (num_sequences * len(s.response_ids)),
+                "dr_grpo": 1 / (num_sequences * self.config.rollout.max_response_length),
+            }[self.algorithm.loss_aggregation]
+            weight += [*nothing, *[per_token] * len(s.response_ids)]
+        if idle:
+            batch.mask_T.zero_()
+        # FSDP averages gradients over ranks, where the loss is a sum over the tokens of all ranks.
+        world = dist.world_size()
+        return MicroBatch(
+            batch=batch,
+            group=tuple(s.group for s in samples),
+            reward_S=torch.tensor([s.reward for s in samples], dtype=torch.float32),
+            rollout_logprob_T=torch.tensor(rollout_logprob, dtype=torch.float32),
+            weight_T=torch.tensor(weight, dtype=torch.float32) * batch.mask_T * world,
+            critic_weight_T=batch.mask_T.float() * (world / num_tokens),
+        )
+
+    # --- annotate -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def annotate(self, mini_batches: list[list[MicroBatch]], timer: Timer) -> dict[str, float]:
+        """Fills old and reference log-probabilities, values, advantages and returns. Returns metrics of all ranks."""
+        micros = [m for mini_batch in mini_batches for m in mini_batch]
+        for m in micros:
+            m.batch = m.batch.to(self.device)
+        with timer("old_log_prob"):
+            for m in micros:
+                m.old_logprob_T, _ = self.policy(m.batch, self._logprob(m))
+            self.policy.reshard()
+        if self.ref is not None:
+            with timer("ref"):
+                for m in micros:
+                    m.ref_logprob_T, _ = self.ref(m.batch, self._logprob(m))
+                self.ref.reshard()
+        if self.critic is not None:
+            with timer("values"):
+                for m in micros:
+                    m.value_T = self.critic(m.batch)
+                self.critic.reshard()
+        with timer("adv"):
+            self._advantages(micros)
+            return self._describe(micros)
+
+    def _logprob(self, m: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]]:
+        def fn(hidden_TD: Tensor, weight_VD: Tensor, **head: object) -> tuple[Tensor, Tensor]:
+            return linear_logprob_entropy(
+                hidden_TD, weight_VD, m.batch.token_T, temperature=self.temperature, need_entropy=False, **head
+            )
+
+        return fn
+
+    def _advantages(self, micros: list[MicroBatch]) -> None:
+        a = self.algorithm
+        gae = a.advantage == "gae"
+        moments = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for m in micros:
+            out = packed_gae(
+                m.value_T if gae else torch.zeros_like(m.old_logprob_T),
+                m.batch.cu_seqlens,
+                m.batch.mask_T,
+                gamma=a.gamma,
+                lam=a.lam if gae else 1.0,
+                terminal_reward_S=m.reward_S.to(self.device),
+                old_logprob_T=m.old_logprob_T,
+                ref_logprob_T=m.ref_logprob_T,
+                kl_coef=a.kl_coef if self.ref is not None else 0.0,
+                kl_kind=a.kl_kind,
+            )
+            m.token_reward_T, m.advantage_T, m.return_T = out.reward_T, out.advantage_T, out.return_T
+            moments += out.moments
+        if a.advantage in ("grpo", "rloo"):
+            self._group_advantages(micros)
+        elif a.whiten:
+            self._whiten(micros, moments)
+
+    def _whiten(self, micros: list[MicroBatch], moments: Tensor) -> None:
+        group = torch.distributed.group.WORLD if dist.world_size() > 1 else None
+        flat = torch.cat([m.advantage_T for m in micros])
+        mask = torch.cat([m.batch.mask_T for m in micros])
+        parts = whiten(flat, mask, moments, group=group).split([len(m.advantage_T) for m in micros])
+        for m, advantage_T in zip(micros, parts, strict=True):
+            m.advantage_T = advantage_T
+
+    def _group_advantages(self, micros: list[MicroBatch]) -> None:
+        """Each response against the others of its problem. Its score is its reward minus its summed KL penalty."""
+        totals = [
+            (group, total)
+            for m in micros
+            for group, total, real in zip(m.group, _per_sequence(m, m.token_reward_T).tolist(), _is_real(m), strict=True)
+            if real
+        ]
+        scores: dict[int, list[float]] = {}
+        for part in dist.gather_objects(totals):
+            for group, total in part:
+                scores.setdefault(group, []).append(total)
+        for m in micros:
+            advantage_S = []
+            for group, total in zip(m.group, _per_sequence(m, m.token_reward_T).tolist(), strict=True):
+                x = torch.tensor(scores.get(group, [total]), dtype=torch.float64)
+                if self.algorithm.advantage == "rloo":
+                    # reward minus the mean of the others = (reward - mean) * n / (n - 1)
+                    advantage_S.append((total - x.mean().item()) * len(x) / max(1, len(x) - 1))
+                else:
+                    advantage_S.append((total - x.mean().item()) / (x.std().item() + 1e-6) if len(x) > 1 else 0.0)
+            lengths = torch.tensor(m.batch.lengths, device=self.device)
+            per_token = torch.tensor(advantage_S, dtype=torch.float32, device=self.device).repeat_interleave(lengths)
+            m.advantage_T = per_token * m.batch.mask_T
+
+    def _describe(self, micros: list[MicroBatch]) -> dict[str, float]:
+        """Metrics over the response tokens of all ranks; one reduction."""
+
+        mask = torch.cat([m.batch.mask_T for m in micros]).cpu()
+
+        def flat(name: str) -> Tensor:
+            return torch.cat([getattr(m, name) for m in micros]).double().cpu()[mask]
+
+        old, rollout = flat("old_logprob_T"), flat("rollout_logprob_T")
+        advantage, target = flat("advantage_T"), flat("return_T")
+        diff = (old.exp() - rollout.exp()).abs()
+        log_ratio = old - rollout
+        sums = {
+            "n": float(len(old)),
+            "diff": diff.sum().item(),
+            "mismatch_kl": (log_ratio.exp() - 1 - log_ratio).sum().item(),
+            "advantage": advantage.sum().item(),
+            "return": target.sum().item(),
+            "return_sq": target.square().sum().item(),
+        }
+        if self.ref is not None:
+            sums["ref_kl"] = (old - flat("ref_logprob_T")).sum().item()
+        if self.critic is not None:
+            value = flat("value_T")
+            residual = target - value
+            sums |= {"value": value.sum().item(), "residual": residual.sum().item()}
+            sums["residual_sq"] = residual.square().sum().item()
+        total = dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True))
+        n = total["n"]
+        (max_diff,) = dist.max_over_ranks([diff.max().item() if len(diff) else 0.0])
+        metrics = {
+            "training/rollout_probs_diff_mean": total["diff"] / n,
+            "training/rollout_probs_diff_max": max_diff,
+            "training/mismatch_kl": total["mismatch_kl"] / n,
+            "critic/advantages/mean": total["advantage"] / n,
+            "critic/returns/mean": total["return"] / n,
+        }
+        if self.ref is not None:
+            metrics["actor/ref_kl"] = total["ref_kl"] / n
+        if self.critic is not None:
+            variance = total["return_sq"] / n - (total["return"] / n) ** 2
+            unexplained = total["residual_sq"] / n - (total["residual"] / n) ** 2
+            metrics["critic/values/mean"] = total["value"] / n
+            metrics["critic/vf_explained_var"] = 1 - unexplained / variance if variance > 1e-12 else 0.0
+        return metrics
+
+    # --- update -------------------------------------------------------------------------------
+
+    def update(self, mini_batches: list[list[MicroBatch]], timer: Timer, *, train_actor: bool) -> dict[str, float]:
+        """config.train.epochs passes: for each mini-batch one step of the critic, then one of the policy."""
+        critic_stats: list[Tensor] = []
+        actor_stats: PPOMetrics | None = None
+        norms: dict[str, list[Tensor]] = {"critic": [], "actor": []}
+        num_updates = 0
+        for _ in range(self.config.train.epochs):
+            for mini_batch in mini_batches:
+                num_updates += 1
+                if self.critic is not None:
+                    with timer("update_critic"):
+                        critic_stats.append(torch.stack([self._critic_backward(m) for m in mini_batch]).sum(0))
+                        norms["critic"].append(self.critic_optimizer.step())
+                if train_actor:
+                    with timer("update_actor"):
+                        for m in mini_batch:
+                            stats = self._actor_backward(m)
+                            actor_stats = stats if actor_stats is None else actor_stats.merge(stats)
+                        norms["actor"].append(self.actor_optimizer.step())
+        return self._update_metrics(critic_stats, actor_stats, norms, num_updates)
+
+    def _critic_backward(self, m: MicroBatch) -> Tensor:
+        value_T = self.critic(m.batch)
+        loss, num_clipped = value_loss(
+            value_T, m.value_T, m.return_T, m.critic_weight_T.to(self.device), clip=self.algorithm.value_clip
+        )
+        loss.backward()
+        return torch.stack([loss.detach() / dist.world_size(), num_clipped.float(), m.batch.mask_T.sum().float()])
+
+    def _actor_backward(self, m: MicroBatch) -> PPOMetrics:
+        a = self.algorithm
+        importance_weight_T = None
+        if a.tis_cap is not None:
+            log_weight_T = m.old_logprob_T - m.rollout_logprob_T.to(self.device)
+            importance_weight_T = log_weight_T.exp().clamp(max=a.tis_cap)
+
+        def fn(hidden_TD: Tensor, weight_VD: Tensor, **head: object) -> tuple[Tensor, PPOMetrics]:
+            return linear_ppo_loss(
+                hidden_TD,
+                weight_VD,
+                m.batch.token_T,
+                m.old_logprob_T,
+                m.advantage_T,
+                m.weight_T.to(self.device),
+                temperature=self.temperature,
+                clip_ratio_low=a.clip_ratio_low,
+                clip_ratio_high=a.clip_ratio_high,
+                dual_clip=a.dual_clip,
+                importance_weight_T=importance_weight_T,
+                ref_logprob_T=m.ref_logprob_T if a.kl_loss_coef else None,
+                kl_coef=a.kl_loss_coef,
+                kl_kind=a.kl_loss_kind,
+                entropy_coef=a.entropy_coef,
+                **head,
+            )
+
+        loss, stats = self.policy(m.batch, fn)
+        loss.backward()
+        return stats
+
+    def _update_metrics(
+        self,
+        critic_stats: list[Tensor],
+        actor_stats: PPOMetrics | None,
+        norms: dict[str, list[Tensor]],
+        num_updates: int,
+    ) -> dict[str, float]:
+        """The step's only wait for the device: everything logged comes over at once."""
+        metrics: dict[str, float] = {}
+        if critic_stats:
+            loss, clipped, n = dist.sum_over_ranks(torch.stack(critic_stats).sum(0).tolist())
+            metrics |= {
+                "critic/vf_loss": loss / num_updates,
+                "critic/vf_clipfrac": clipped / n,
+                "critic/grad_norm": torch.stack(norms["critic"]).mean().item(),
+                "critic/lr": self.critic_optimizer.lr,
+            }
+        if actor_stats is not None:
+            host = torch.stack([x.double() for x in actor_stats]).tolist()
+            stats = PPOMetrics(*dist.sum_over_ranks(host[:-2]), *host[-2:])
+            ratio_max, negative_ratio_min = dist.max_over_ranks([stats.ratio_max, -stats.ratio_min])
+            n = stats.num_tokens
+            metrics |= {
+                "actor/pg_loss": stats.pg_loss / (num_updates * dist.world_size()),
+                "actor/entropy": stats.entropy / n,
+                "actor/ppo_kl": stats.old_kl / n,
+                "actor/pg_clipfrac": (stats.clip_low + stats.clip_high) / n,
+                "actor/pg_clipfrac_lower": stats.dual_clip / n,
+                "actor/ratio_max": ratio_max,
+                "actor/ratio_min": -negative_ratio_min,
+                "actor/grad_norm": torch.stack(norms["actor"]).mean().item(),
+                "actor/lr": self.actor_optimizer.lr,
+            }
+            if self.algorithm.kl_loss_coef:
+                metrics["actor/kl_loss"] = stats.ref_kl / n
+        return metrics
+
+
+def _per_sequence(m: MicroBatch, x_T: Tensor) -> Tensor:
+    """(S,) f64 sums of x_T over each sequence."""
+    lengths = torch.tensor(m.batch.lengths, device=x_T.device)
+    sequence_T = torch.arange(len(lengths), device=x_T.device).repeat_interleave(lengths)
+    return torch.zeros(len(lengths), dtype=torch.float64, device=x_T.device).index_add(0, sequence_T, x_T.double())
+
+
+def _is_real(m: MicroBatch) -> Iterator[bool]:
+    """False for the weight-0 repeat that keeps a rank in step."""
+    return (bool(part.any()) for part in m.batch.mask_T.split(list(m.batch.lengths)))

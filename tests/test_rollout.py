@@ -1,0 +1,254 @@
+"""Rollout engines on a tiny model: real vLLM where it is installed, and the transformers one, which must agree.
+
+One vLLM a process: the module shares an engine.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_lm import make_tiny
+
+from rlsp_fast import config as configs
+from rlsp_fast import data, dist, model, sync
+from rlsp_fast.rollout import EngineError, Sampling, TransformersEngine, VLLMEngine, make_engine
+from rlsp_fast.types import Problem
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+TEXTS = ["1 + 2 =", "3 + 4 + 5 + 6 =", "7 =", "8 + 9 + 1 + 2 + 3 =", "4 + 4 =", "5 + 5 + 5 ="]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return configs.check(
+        {
+            "model": {"path": str(tiny), "dtype": "float32"},
+            "data": {"train": ["x.jsonl"], "max_prompt_length": 32, "template": "{problem}"},
+            "rollout": {"temperature": 0.7, "max_response_length": 24, "max_num_seqs": 16},
+            "train": {"steps": 1, "batch_size": 4, "mini_batch_size": 4},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return model.load_tokenizer(str(tiny))
+
+
+@pytest.fixture(scope="module")
+def problems(tokenizer, config):
+    raw = [
+        Problem(messages=({"role": "user", "content": text},), answer="0", source="test", index=i)
+        for i, text in enumerate(TEXTS)
+    ]
+    return data.render(raw, tokenizer, config.data)[0]
+
+
+@pytest.fixture(scope="module")
+def device():
+    return dist.setup()
+
+
+@pytest.fixture(scope="module")
+def policy(config, tiny, device):
+    return model.build(model.Policy, config.model, str(tiny), device, dist.mesh(device))
+
+
+@pytest.fixture(scope="module", params=[pytest.param("vllm", marks=needs_vllm), "transformers"])
+def engine(request, config, tiny, tokenizer, device):
+    kind = {"vllm": VLLMEngine, "transformers": TransformersEngine}[request.param]
+    return kind(config, str(tiny), tokenizer, device)
+
+
+def sampling(**changes):
+    return Sampling(**{"n": 2, "temperature": 0.7, "top_p": 1.0, "max_tokens": 24, "seed": 3} | changes)
+
+
+def trainer_logprobs(policy, rollouts, temperature):
+    """The trainer's own log-probability of every sampled token."""
+    from rlsp_kernels import linear_logprob_entropy
+
+    from rlsp_fast.packing import pack
+
+    batch = pack([(r.problem.prompt_ids, r.response_ids) for r in rollouts])
+    with torch.no_grad():
+        logprob_T, _ = policy(
+            batch, lambda h, w, **head: linear_logprob_entropy(h, w, batch.token_T, temperature=temperature, **head)
+        )
+    return logprob_T[batch.mask_T]
+
+
+def test_rollouts_come_in_order_with_one_logprob_a_token(engine, problems):
+    rollouts = engine.generate(problems, sampling(), slots=range(len(problems)))
+    assert [(r.problem.index, r.sample) for r in rollouts] == [(i, k) for i in range(len(problems)) for k in range(2)]
+    for r in rollouts:
+        assert 1 <= len(r.response_ids) <= 24 and len(r.response_ids) == len(r.rollout_logprob)
+        assert all(p <= 0 and math.isfinite(p) for p in r.rollout_logprob)
+        ends = r.response_ids[-1] in engine.eos_ids
+        assert r.finish == ("stop" if ends else "length") and (ends or len(r.response_ids) == 24)
+        assert not any(token in engine.eos_ids for token in r.response_ids[:-1])
+
+
+def test_rollout_logprobs_are_the_trainers_with_temperature_in_them(engine, policy, problems, config):
+    sync.push(policy, engine, torch.float32)
+    rollouts = engine.generate(problems, sampling(), slots=range(len(problems)))
+    theirs = torch.tensor([p for r in rollouts for p in r.rollout_logprob])
+    torch.testing.assert_close(trainer_logprobs(policy, rollouts, 0.7), theirs, atol=1e-4, rtol=0)
+
+
+def test_a_seed_gives_the_same_rollouts_again_and_another_seed_does_not(engine, problems):
+    slots = range(len(problems))
+    first = [r.response_ids for r in engine.generate(problems, sampling(), slots=slots)]
+    assert first == [r.response_ids for r in engine.generate(problems, sampling(), slots=slots)]
+    assert first != [r.response_ids for r in engine.generate(problems, sampling(seed=4), slots=slots)]
+
+
+def test_a_slot_samples_the_same_whichever_batch_it_runs_in(engine, problems):
+    whole = engine.generate(problems, sampling(n=1), slots=range(len(problems)))
+    part = engine.generate(problems[2:4], sampling(n=1), slots=[2, 3])
+    assert [r.response_ids for r in part] == [r.response_ids for r in whole[2:4]]
+
+
+def test_the_samples_of_a_problem_differ(engine, problems):
+    rollouts = engine.generate(problems[:1], sampling(n=8), slots=[0])
+    assert len({r.response_ids for r in rollouts}) > 1
+
+
+def test_on_finish_gets_every_rollout_once(engine, problems):
+    seen = []
+    rollouts = engine.generate(problems, sampling(), slots=range(len(problems)), on_finish=seen.append)
+    assert sorted(map(id, seen)) == sorted(map(id, rollouts))
+
+
+def test_a_stop_string_ends_a_response(engine, problems, tokenizer):
+    free = engine.generate(problems, sampling(n=4), slots=range(len(problems)))
+    words = {tokenizer.decode([token]) for r in free for token in r.response_ids[:-1]}
+    word = max(w for w in words if w.strip().isalnum() and w.isascii())
+    stopped = engine.generate(problems, sampling(n=4, stop=(word,)), slots=range(len(problems)))
+    assert any(word in r.text for r in stopped)
+    for r, unstopped in zip(stopped, free, strict=True):
+        assert r.response_ids == unstopped.response_ids[: len(r.response_ids)]
+        if word in r.text:
+            assert r.finish == "stop" and r.text.index(word) + len(word) == len(r.text)
+
+
+@contextmanager
+def changed(policy, change):
+    """The policy with change(local tensor) applied to every parameter, for a while."""
+    local = [p.to_local() for p in policy.parameters()]
+    before = [p.detach().clone() for p in local]
+    with torch.no_grad():
+        for p in local:
+            change(p)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(local, before, strict=True):
+                p.copy_(old)
+
+
+def test_pushed_weights_are_the_ones_it_samples_from(engine, policy, problems):
+    with changed(policy, lambda p: p.add_(0.05 * torch.randn_like(p))):
+        sync.push(policy, engine, torch.float32)
+        rollouts = engine.generate(problems, sampling(), slots=range(len(problems)))
+        theirs = torch.tensor([p for r in rollouts for p in r.rollout_logprob])
+        torch.testing.assert_close(trainer_logprobs(policy, rollouts, 0.7), theirs, atol=1e-4, rtol=0)
+
+
+def test_a_push_that_never_happened_is_caught(engine, policy, problems):
+    sync.push(policy, engine, torch.float32)
+    with changed(policy, lambda p: p.mul_(1.5)):  # the engine keeps the old weights
+        rollouts = engine.generate(problems, sampling(), slots=range(len(problems)))
+        theirs = torch.tensor([p for r in rollouts for p in r.rollout_logprob])
+        diff = (trainer_logprobs(policy, rollouts, 0.7).exp() - theirs.exp()).abs()
+    with pytest.raises(sync.StaleWeightsError, match="rollout.max_probs_diff"):
+        sync.verify(diff.mean().item(), diff.max().item(), 0.005, step=1)
+
+
+def test_nan_probabilities_stop_the_run_too():
+    with pytest.raises(sync.StaleWeightsError):
+        sync.verify(float("nan"), 1.0, 0.05, step=1)
+
+
+def test_top_p_leaves_the_tail_out(tiny, config, tokenizer, device, problems):
+    engine = TransformersEngine(config, str(tiny), tokenizer, device)
+    narrow = engine.generate(problems, sampling(n=8, top_p=1e-6), slots=range(len(problems)))
+    assert all(abs(p) < 1e-6 for r in narrow for p in r.rollout_logprob)  # one token left: certain
+    for i in range(0, len(narrow), 8):
+        assert len({r.response_ids for r in narrow[i : i + 8]}) == 1
+
+
+def test_vllm_asked_for_and_missing_is_an_error_with_the_fix(config, tiny, tokenizer, device, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
+    asked = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})})
+    with pytest.raises(EngineError, match="vLLM is not installed.*rollout.engine=transformers"):
+        make_engine(asked, str(tiny), tokenizer, device)
+    assert make_engine(config, str(tiny), tokenizer, device).name == "transformers"
+
+
+@needs_vllm
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_ranks_train_with_vllm_in_parity(tiny, tmp_path, tensor_parallel):
+    """FSDP2 on two ranks and vLLM in the same processes: three steps, each one's rollouts from the trained weights."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"problem": "{t}", "answer": "7"}}\n' for t in TEXTS * 4))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+        [model]
+        path = "{tiny}"
+        dtype = "float32"
+        [data]
+        train = ["{problems}"]
+        template = "{{problem}}"
+        max_prompt_length = 32
+        [rollout]
+        engine = "vllm"
+        tensor_parallel_size = {tensor_parallel}
+        n = 2
+        temperature = 0.7
+        max_response_length = 16
+        max_probs_diff = 1e-4
+        [algorithm]
+        advantage = "gae"
+        [optim]
+        actor_lr = 1e-2
+        critic_lr = 1e-2
+        [train]
+        steps = 3
+        batch_size = 8
+        mini_batch_size = 4
+        critic_warmup_steps = 0
+        [output]
+        dir = "{tmp_path}/run"
+        loggers = []
+        """
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*command, "-m", "rlsp_fast", "train", str(recipe)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=400,
+        env=_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "step 3/3" in done.stdout
+
+
+def _environment():
+    root = Path(__file__).parent.parent
+    path = f"{root / 'kernels'}{os.pathsep}{root}"
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,500 @@
+"""The outcome verifier: every form of answer, hostile answers, and processes that die."""
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from verifier_pairs import PAIRS
+
+from rlsp_fast.answer import Exact
+from rlsp_fast.notation import compare
+from rlsp_fast.verifier import Verifier, WorkerError, extract_answer, verify_file
+
+SYMBOLIC = (r"so \boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt{2}}{2}")
+"""A (response, gold) pair that only a worker can settle."""
+HANGS = (r"\boxed{\sum_{k=1}^{999} \sin(k!)}", "5")
+"""A pair that keeps sympy busy for minutes."""
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(workers=1) as verifier:
+        yield verifier
+
+
+def boxed(answer: str) -> str:
+    return rf"Let me think. We find $\boxed{{{answer}}}$."
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", PAIRS)
+def test_right_forms_are_correct_and_wrong_ones_are_not(verifier, form):
+    cases = [(g, a, "correct") for g, right, _ in PAIRS[form] for a in right]
+    cases += [(g, a, "wrong") for g, _, wrong in PAIRS[form] for a in wrong]
+    verdicts = verifier.verify_many([(boxed(a), g) for g, a, _ in cases])
+    failures = [(*case, v.verdict) for case, v in zip(cases, verdicts, strict=True) if v.verdict != case[2]]
+    assert not failures
+
+
+@pytest.mark.parametrize("form", PAIRS)
+def test_exact_comparison_never_contradicts_algebra(form):
+    for gold, right, wrong in PAIRS[form]:
+        assert all(compare(gold, answer, Exact()) is not False for answer in right), gold
+        assert not any(compare(gold, answer, Exact()) for answer in wrong), gold
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"first \boxed{1}, no: \boxed{2}.", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed {4}", "4"),
+        (r"\\boxed{5}", "5"),
+        (r"\boxed{\boxed{6}}", r"\boxed{6}"),
+        (r"\boxed{ \{1, 2\} }", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \}}", r"\left\{ x \}"),
+        (r"<think>\boxed{1}</think> So \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> So 2", None),
+        (r"a</think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"\boxed{7} and then \boxed{8", "7"),
+        (r"\boxed{unclosed \boxed{9}", "9"),
+        (r"\boxed{42", None),
+        (r"\boxed{}", None),
+        (r"\boxed{  }", None),
+        (r"\boxed{1} \boxed{}", None),
+        ("The answer is 42", None),
+        ("", None),
+    ],
+)
+def test_strict_answer_is_the_last_complete_box_after_thinking(text, answer):
+    assert extract_answer(text, "strict") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"the answer is 1, but \boxed{2}", "2"),
+        ("The answer is 42.", "42"),
+        ("The answer is 3.5. I am sure.", "3.5"),
+        ("**Answer:** 42", "42"),
+        ("Final answer: $x = 5$", "x = 5"),
+        ("The answer to the question is $7$, as 3 + 4 = 7", "7"),
+        ("The answer is 1. Wait, the answer is 2.", "2"),
+        ("16 - 7 = 9\n#### 9", "9"),
+        (r"so $a = 1$ and $b = \frac{1}{2}$.", r"b = \frac{1}{2}"),
+        (r"hence \(x = 4\)", "x = 4"),
+        ("3 eggs and 4 eggs make 7 eggs", "7"),
+        ("She pays $1,200 in all", "$1,200"),
+        ("<think>the answer is 1</think> 2", "2"),
+        (r"\boxed{}", None),
+        ("I do not know", None),
+    ],
+)
+def test_lenient_answer_needs_no_box(text, answer):
+    assert extract_answer(text, "lenient") == answer
+
+
+def test_modes_differ_on_an_answer_without_a_box():
+    pair = ("The answer is 42.", "42")
+    with Verifier("strict") as strict, Verifier("lenient") as lenient:
+        assert strict.verify_many([pair])[0].verdict == "no_answer"
+        assert lenient.verify_many([pair])[0].verdict == "correct"
+
+
+def test_gold_solution_is_cut_to_its_answer(verifier):
+    assert verifier.submit(boxed("18"), "9 * 2 = 18\n#### 18").result().verdict == "correct"
+    assert verifier.submit(boxed("18"), r"so it is $\boxed{18}$.").result().verdict == "correct"
+    with pytest.raises(ValueError, match="gold answer is empty"):
+        verifier.submit(boxed("18"), "  ")
+
+
+# --- hostile answers --------------------------------------------------------------------------------------------------
+
+
+def nest(before: str, inside: str, after: str, times: int) -> str:
+    return before * times + inside + after * times
+
+
+HOSTILE = {
+    "power tower": "10^{10^{10}}",
+    "tower without braces": "9^9^9^9",
+    "python tower": "10**10**10",
+    "5^5^5...": nest("5^{", "5", "}", 24),
+    "negative tower": "10^{-10^{10}}",
+    "e towers": "e^{e^{e^{e^{10}}}}",
+    "pi tower": r"\pi^{\pi^{\pi^{\pi}}}",
+    "log tower": nest(r"\log(", "10^{4000}", ")", 20),
+    "factorial": "100000!",
+    "factorial of a factorial": "9!!!",
+    "factorial of a power": "(10^{9})!",
+    "binomial": r"\binom{10^9}{5 \cdot 10^8}",
+    "binomials": r"\binom{\binom{100}{50}}{\binom{100}{49}}",
+    "big variable power": "(x+1)^{1000000}",
+    "variable tower": "x^{x^{x^{x}}}",
+    "nested radicals": nest(r"\sqrt{2+", "2", "}", 24),
+    "radicals of x": nest(r"\sqrt{x+", "x", "}", 24),
+    "too many radicals": nest(r"\sqrt{2+", "2", "}", 5000),
+    "nested sines": nest(r"\sin(", "x", ")", 24),
+    "nested fractions": nest(r"\frac{1}{1+", "x", "}", 24),
+    "nested parentheses": nest("(", "5", ")", 24) + "+1",
+    "20,000 braces": nest("{", "6", "}", 20_000),
+    "20,000 brackets": nest("(", "6", ")", 20_000),
+    "open brackets": "(" * 1500,
+    "minus signs": "-" * 1999 + "5",
+    "factorial signs": "5" + "!" * 1500,
+    "long sum": "+".join(["1"] * 299),
+    "long product": "".join(f"(x+{i})" for i in range(99)),
+    "long list": ",".join(map(str, range(500))),
+    "many signs": ",".join([r"\pm 1 \pm 2 \pm 3"] * 40),
+    "long equation": "=".join(["5"] * 200) + "=6",
+    "1 MB of digits": "7" * 1_000_000,
+    "1 MB of text": "so " * 333_333,
+    "1 MB of backslashes": "\\\\" * 500_000,
+    "one digit too many": "5." + "0" * 1900 + "1",
+    "NUL": "5\x00",
+    "NUL between digits": "1\x005",
+    "lone surrogate": "\ud8005",
+    "right-to-left override": "\u202e5",
+    "combining marks": "5" + "\u0301" * 1500,
+    "other digits": "५५",
+    "os.system": "__import__('os').system('touch MARKER')",
+    "open": "[open('MARKER', 'w')]",
+    "open with a comment": r"open('MARKER', 'w')#\pi",
+    "exec in a call": r"\operatorname{exec}(open('MARKER','w'))",
+    "lambda": "(lambda: open('MARKER', 'w'))()",
+    "attribute": "().__class__.__bases__[0].__subclasses__()",
+    "f-string": "{open('MARKER', 'w')}",
+    "LaTeX input": r"\input{/etc/passwd}",
+    "LaTeX write": r"\immediate\write18{touch MARKER}",
+    "format": "%s%s%s%n{0.__class__}",
+    "json": '", "gold": "5", "answer": "5',
+    "newlines": "6\n5\n",
+    "a reply": "6\ncorrect\n",
+    "tiny difference": "5+10^{-1000}",
+    "tinier difference": "5+e^{-1000}",
+    "float twin": "5.00000000000000000001",
+    "infinite sum": r"\sum_{k=1}^{\infty} \frac{5}{k(k+1)} + 10^{-99}",
+    "division by zero": r"\frac{5}{0}",
+    "zero over zero": r"\frac{x-x}{x-x} \cdot 5",
+    "infinity minus infinity": r"5+\infty-\infty",
+    "floor of much": r"\lfloor 10^{3000}\pi \rfloor - \lfloor 10^{3000}\pi \rfloor + 6",
+    "integral without a form": r"\int_0^1 e^{x^2} dx",
+    "hedge": "4, 5 or 6",
+    "interval around it": "(4,6)",
+    "inequality": "x \\ge 5",
+    "equation": "5x=25",
+    "denial": "not 5",
+    "chain": "4 = 5",
+    "any number": "x",
+    "all numbers": r"\mathbb{R}",
+}  # fmt: skip
+
+
+def test_hostile_answers_are_judged_in_bounded_time_and_harm_no_other(verifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs, golds = [], ("5", r"5\sqrt{1}", r"\{5\}", r"\begin{pmatrix} 5 \end{pmatrix}", "x = 5")
+    for name, answer in HOSTILE.items():
+        pairs += [(boxed(answer.replace("MARKER", str(tmp_path / "marker"))), gold) for gold in golds]
+        pairs.append((boxed(rf"\frac{{{len(name)}}}{{\sqrt{{2}}}}"), rf"\frac{{{len(name)}\sqrt{{2}}}}{{2}}"))
+    verdicts = verifier.verify_many(pairs)
+    for i, name in enumerate(HOSTILE):
+        *hostile, honest = verdicts[6 * i : 6 * i + 6]
+        assert {v.verdict for v in hostile} <= {"wrong", "error", "no_answer"}, name
+        assert max(v.seconds for v in hostile) < 2.0, name
+        assert honest.verdict == "correct", name
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "the " * 250_000 + r"\boxed{42}",
+        "{" * 1_000_000 + r"\boxed{42}",
+        "}" * 1_000_000 + r"\boxed{42}",
+        "\\" * 999_998 + r" \boxed{42}",
+        r"\boxed{" * 100_000 + r"\boxed{42}",
+        r"\boxed{41}" * 100_000 + r"\boxed{42}",
+        "</think>" * 100_000 + r"\boxed{42}",
+        "\x00\ud800" * 100_000 + r"\boxed{42}",
+    ],
+    ids=["words", "open braces", "closed braces", "backslashes", "open boxes", "boxes", "thoughts", "garbage"],
+)
+@pytest.mark.parametrize("mode", ["strict", "lenient"])
+def test_a_megabyte_before_the_box_is_read_in_linear_time(response, mode):
+    start = time.perf_counter()
+    assert extract_answer(response, mode) == "42"
+    assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    "text", ["answer " * 140_000, "$" * 1_000_000, "#### " * 200_000, "1," * 500_000, "answer:" * 140_000]
+)
+def test_lenient_search_is_bounded_too(text):
+    start = time.perf_counter()
+    extract_answer(text, "lenient")
+    assert time.perf_counter() - start < 2.0
+
+
+# --- processes, threads, event loops ----------------------------------------------------------------------------------
+
+
+def workers_of(verifier: Verifier) -> list[int]:
+    return [worker._process.pid for _, worker in verifier._pool if worker._process is not None]
+
+
+def test_exact_answers_start_no_process():
+    with Verifier() as verifier:
+        verdicts = verifier.verify_many([(boxed("1/2"), "0.5"), (boxed("3"), "4"), ("?", "4")])
+        assert [v.verdict for v in verdicts] == ["correct", "wrong", "no_answer"]
+        assert not verifier._pool
+
+
+def test_a_hanging_answer_times_out_alone_and_its_worker_is_replaced():
+    with Verifier(timeout_s=1.0, workers=1) as verifier:
+        assert verifier.verify_many([SYMBOLIC])[0].verdict == "correct"
+        first = workers_of(verifier)
+        other = (boxed(r"\sqrt{8}"), r"2\sqrt{2}")
+        hung, after, exact = verifier.verify_many([HANGS, other, (boxed("2"), "2")])
+        assert (hung.verdict, after.verdict, exact.verdict) == ("timeout", "correct", "correct")
+        assert 0.9 < hung.seconds < 2.0 and after.seconds < 0.9, "waiting for a worker is not on the clock"
+        assert workers_of(verifier) != first
+
+
+def test_a_lost_worker_is_replaced():
+    with Verifier(workers=1) as verifier:
+        verifier.verify_many([SYMBOLIC])
+        [pid] = workers_of(verifier)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert verifier.verify_many([(boxed(r"\sqrt{8}"), r"2\sqrt{2}")])[0].verdict == "correct"
+
+
+def test_a_worker_lost_at_work_is_an_error_of_that_answer_alone():
+    with Verifier(timeout_s=60, workers=1) as verifier:
+        verifier.verify_many([SYMBOLIC])
+        [pid] = workers_of(verifier)
+        hung = verifier.submit(*HANGS)
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+        assert hung.result().verdict == "error"
+        assert verifier.verify_many([(boxed(r"\sqrt{8}"), r"2\sqrt{2}")])[0].verdict == "correct"
+
+
+def test_equal_questions_are_asked_once():
+    with Verifier(workers=1) as verifier:
+        first, second = verifier.submit(*SYMBOLIC), verifier.submit(*SYMBOLIC)
+        assert first is second
+        assert not first.cancel(), "what is shared cannot be cancelled"
+
+
+def test_threads_share_a_verifier(verifier):
+    wrong = []
+
+    def judge(n: int) -> None:
+        pairs = [(boxed(rf"\sqrt{{{n * n * k}}}"), rf"{n}\sqrt{{{k}}}") for k in (2, 3, 5, 7)]
+        wrong.extend(v for v in verifier.verify_many(pairs) if v.verdict != "correct")
+
+    threads = [threading.Thread(target=judge, args=(n,)) for n in range(2, 14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_event_loop_runs_on_while_a_worker_computes():
+    async def judge() -> tuple[list[str], int]:
+        ticks = 0
+        with Verifier(timeout_s=1.0, workers=1) as verifier:
+            judging = asyncio.gather(*(verifier.verify(*pair) for pair in (SYMBOLIC, HANGS, (boxed("2"), "2"))))
+            while not judging.done():
+                await asyncio.sleep(0.01)
+                ticks += 1
+            return [v.verdict for v in await judging], ticks
+
+    verdicts, ticks = asyncio.run(judge())
+    assert verdicts == ["correct", "timeout", "correct"]
+    assert ticks > 20
+
+
+def test_workers_are_limited_and_know_nothing_of_the_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    with Verifier(workers=1) as verifier:
+        verifier.verify_many([SYMBOLIC])
+        [pid] = workers_of(verifier)
+        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        assert not any(
+            entry.startswith(("RANK=", "LOCAL", "WORLD", "MASTER", "TORCH", "CUDA")) for entry in environment
+        )
+        assert "OMP_NUM_THREADS=1" in environment
+        limits = {
+            line[:26].strip(): line[26:].split()[0] for line in Path(f"/proc/{pid}/limits").read_text().splitlines()
+        }
+        assert int(limits["Max address space"]) <= 2 << 30
+        assert int(limits["Max cpu time"]) < 60
+        assert int(limits["Max file size"]) <= 1 << 20
+        assert limits["Max core file size"] == "0"
+
+
+def test_workers_end_with_their_parent():
+    script = f"""
+import os, signal
+from rlsp_fast.verifier import Verifier
+verifier = Verifier(workers=1)
+verifier.verify_many([{SYMBOLIC!r}])
+print(verifier._pool[0][1]._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(__file__).parent.parent
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root).stdout
+    pid = int(output)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]:
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_closing_ends_workers_and_fails_what_waits():
+    verifier = Verifier(timeout_s=60, workers=1)
+    verifier.verify_many([SYMBOLIC])
+    [pid] = workers_of(verifier)
+    hung, waiting = verifier.submit(*HANGS), verifier.submit(boxed(r"\sqrt{8}"), r"2\sqrt{2}")
+    start = time.perf_counter()
+    verifier.close()
+    assert time.perf_counter() - start < 5
+    assert isinstance(hung.exception(), WorkerError) and isinstance(waiting.exception(), WorkerError)
+    assert not Path(f"/proc/{pid}").exists()
+    with pytest.raises(ValueError, match="closed"):
+        verifier.submit(boxed(r"\sqrt{18}"), r"3\sqrt{2}")
+
+
+def test_a_worker_that_cannot_start_stops_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Verifier() as verifier, pytest.raises(WorkerError, match="did not start"):
+        verifier.verify_many([SYMBOLIC])
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="strict or lenient, got 'loose'"):
+        Verifier("loose")
+    with pytest.raises(ValueError, match="timeout_s > 0"):
+        Verifier(timeout_s=0)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: list[object]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_file_is_graded_in_order_and_counted(tmp_path, capsys):
+    rows = [
+        {"gold": "1/2", "response": r"\boxed{0.5}", "id": 7},
+        {"gold": 18, "response": r"\boxed{19}"},
+        {"gold": r"\frac{\sqrt2}{2}", "response": SYMBOLIC[0]},
+        {"gold": "3", "response": "three? \ud800"},
+    ]
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    counts = verify_file(path, str(tmp_path / "out.jsonl"))
+    graded = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["verdict"] for row in graded] == ["correct", "wrong", "correct", "no_answer"]
+    assert graded[0]["id"] == 7 and all(row["seconds"] >= 0 for row in graded)
+    assert counts == {"correct": 2, "wrong": 1, "no_answer": 1, "timeout": 0, "error": 0}
+    assert capsys.readouterr().out.strip() == "correct 2  wrong 1  no_answer 1  timeout 0  error 0"
+
+
+def test_rows_go_through_standard_streams(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"gold": "9", "response": "#### 9"}\n\n'))
+    verify_file("-", "-", mode="lenient")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["verdict"] == "correct"
+    assert "correct 1" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: want"),
+        ({"gold": "1"}, "line 2: want"),
+        ({"gold": "1", "response": 5}, "line 2: want"),
+        ({"response": "1"}, "line 2: want a gold answer"),
+        ({"gold": None, "response": "1"}, "line 2: want a gold answer"),
+        ({"gold": "", "response": "1"}, "line 2: want a gold answer"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    path = write_rows(tmp_path / "in.jsonl", [{"gold": "1", "response": "1"}, row])
+    with pytest.raises(ValueError, match=message) as raised:
+        verify_file(path)
+    assert path in str(raised.value)
+
+
+def test_a_missing_file_and_writing_over_the_input_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        verify_file(str(tmp_path / "nowhere.jsonl"))
+    path = write_rows(tmp_path / "in.jsonl", [{"gold": "1", "response": "1"}])
+    with pytest.raises(ValueError, match="is the input"):
+        verify_file(path, path)
+
+
+# --- real problem sets ------------------------------------------------------------------------------------------------
+
+
+def data_rows(name: str) -> list[dict]:
+    path = Path(os.environ.get("RLSP_FAST_DATA", "")) / name
+    if "RLSP_FAST_DATA" not in os.environ or not path.is_file():
+        pytest.skip(f"set RLSP_FAST_DATA to a folder with {name}")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def disagreements(pairs: list[tuple[str, str]], mode: str) -> list[tuple[str, str]]:
+    with Verifier(mode, workers=1) as verifier:
+        verdicts = verifier.verify_many(pairs)
+    return [
+        (response[-100:], gold) for (response, gold), v in zip(pairs, verdicts, strict=True) if v.verdict != "correct"
+    ]
+
+
+def test_solutions_of_math500_give_their_own_answers():
+    pairs = [(row["solution"], row["answer"]) for row in data_rows("math500_test.jsonl")]
+    assert not disagreements(pairs, "strict")
+
+
+@pytest.mark.parametrize("name", ["gsm8k_test.jsonl", "gsm8k_train.jsonl"])
+def test_solutions_of_gsm8k_give_their_own_answers(name):
+    rows = data_rows(name)
+    golds = [row["answer"].rpartition("####")[2].strip() for row in rows]
+    assert not disagreements([(row["answer"], gold) for row, gold in zip(rows, golds, strict=True)], "lenient")
+    assert not disagreements([(boxed(gold.replace(",", "{,}")), gold) for gold in golds], "strict")
+
+
+def test_math_answers_respelled_are_still_right_and_one_digit_off_is_wrong():
+    answers = [str(row["answer"]) for row in data_rows("math500_test.jsonl")]
+    respelled = [
+        (boxed(a.replace(r"\frac", r"\dfrac").replace("(", r"\left( ").replace(")", r" \right)")), a) for a in answers
+    ]
+    assert not disagreements([pair for pair, a in zip(respelled, answers, strict=True) if r"\left" not in a], "strict")
+    off = []
+    for answer in answers:
+        if last := re.search(r"[1-8](?=\D*$)", answer):
+            off.append((boxed(answer[: last.start()] + str(int(last[0]) + 1) + answer[last.end() :]), answer))
+    assert len(disagreements(off, "strict")) == len(off)
