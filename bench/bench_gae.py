@@ -129,9 +129,7 @@ def device_name(device: str) -> str:
     """GPU or CPU model."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return f"{models[0]} ({torch.get_num_threads()} threads)" if models else platform.processor()
 
 
@@ -143,9 +141,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    logging.getLogger("torch._dynamo").setLevel(
-        logging.ERROR
-    )  # the definition breaks its graph where it looks at shapes
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the definition breaks its graph where it looks at shapes
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 

@@ -2,9 +2,10 @@ r"""How many answers a second does the verifier judge, and do hostile ones hold 
 
     python bench/bench_verifier.py [--answers 20000] [--workers 2]
 
-Typical answers are of the kinds that GSM8K and MATH ask for, in the shares of MATH, half of them right, all different (the
-result cache never helps), each at the end of 2,000 characters of working. Hostile ones are towers, factorials, deep nesting
-and megabytes, as a policy that looks for holes writes them. Seconds are of wall time, the processes started beforehand;
+Typical answers are of the kinds that MATH asks for, in about its shares, half of them right, all different (the result
+cache never helps), each at the end of 2,000 characters of working. Hostile ones are towers, factorials, deep nesting
+and long garbage, as a policy that looks for holes writes them. An answer that passes the bounds and still hangs sympy
+costs one worker the whole time limit; none of these does. Seconds are of wall time, the processes started beforehand;
 latency is one answer's own time, without waiting for a worker. Prints a table and appends it to
 bench/results/verifier.csv.
 """
@@ -14,6 +15,7 @@ import csv
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -78,9 +80,7 @@ def measure(share: float, answers: int, workers: int) -> dict[str, float]:
             answer = hostile(rng)
         pairs.append((rf"{WORKING}The answer is $\boxed{{{answer}}}$.", gold))
     with Verifier(workers=workers) as verifier:
-        verifier.verify_many(
-            [(rf"\boxed{{\sqrt{{{i * i * 2}}}}}", rf"{i}\sqrt{{2}}") for i in range(2, 2 + 8 * workers)]
-        )
+        verifier.verify_many([(rf"\boxed{{\sqrt{{{i * i * 2}}}}}", rf"{i}\sqrt{{2}}") for i in range(2, 2 + 8 * workers)])
         asked = len(verifier._cache)
         start = time.perf_counter()
         verdicts = verifier.verify_many(pairs)
@@ -106,12 +106,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     git = ["git", "-C", str(RESULTS.parent.parent), "describe", "--always", "--dirty"]
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     run = {
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
-        "cpu": f"{models[0] if models else platform.processor()} ({len(os.sched_getaffinity(0))} cores)",
+        "cpu": f"{cpu[0] if cpu else platform.processor()} ({len(os.sched_getaffinity(0))} cores)",
         "python": platform.python_version(),
         "sympy": version("sympy"),
         "math_verify": version("math-verify"),
@@ -119,9 +117,16 @@ def main() -> None:
         "workers": args.workers,
     }
     print(f"{args.answers} answers, {args.workers} workers, {run['cpu']}")
-    print(
-        f"{'hostile':>8}{'answers/s':>11}{'p50 ms':>9}{'p99 ms':>9}{'max ms':>9}{'symbolic':>10}{'correct':>9}{'errors':>8}"
+    titles = (
+        ("answers/s", 11),
+        ("p50 ms", 9),
+        ("p99 ms", 9),
+        ("max ms", 9),
+        ("symbolic", 10),
+        ("correct", 9),
+        ("errors", 8),
     )
+    print(" hostile" + "".join(f"{title:>{width}}" for title, width in titles))
     rows = []
     for share in (0.0, 0.05):
         m = measure(share, args.answers, args.workers)

@@ -1,6 +1,10 @@
-#include "packed_gae_cpu.h"
-
 #include "torch_binding.h"
+
+// The loader picks AVX-512, AVX2, or the baseline of x86-64: SSE2, at two thirds of the speed.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define RLSP_CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+#include "packed_gae_cpu.h"
 
 namespace rlsp {
 namespace {

@@ -11,6 +11,10 @@
 
 #include "packed_gae.h"
 
+#ifndef RLSP_CLONES // an attribute of the functions that are worth compiling for several instruction sets
+#define RLSP_CLONES
+#endif
+
 namespace rlsp {
 
 constexpr int64_t kChunk = 16384;
@@ -95,13 +99,14 @@ struct Scanned {
     sum_windows(x, count + 1, power, y);
     double next[kLanes] = {right};
     for (int first = count - kLanes; first > -kLanes; first -= kLanes)
+#pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) y[first + lane] = next[lane] = y[first + lane] + power[kLanes] * next[lane];
   }
 };
 
 // Summary of tokens [low, high).
 template <int kLambdas>
-Map<double, kLambdas> summarize(const Problem& p, int64_t low, int64_t high) {
+RLSP_CLONES Map<double, kLambdas> summarize(const Problem& p, int64_t low, int64_t high) {
   const int64_t s = find_sequence(p.cu_seqlens, 0, p.S - 1, low);
   auto map = identity<double, kLambdas>();
   if (p.cu_seqlens[s + 1] <= high) { // what lies right of an end is of no use to the left: short sequences cost little here
@@ -159,6 +164,7 @@ void walk_piece(const Problem& p, int64_t s, int64_t low, int64_t high, State<do
   double sums[kLanes] = {}, squares[kLanes] = {};
   std::fill(local[1] + piece.count, local[1] + kPiece, 0.0f);
   for (int k = 0; k < kPiece; k += kLanes)
+#pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
       const double advantage = local[1][k + lane];
       sums[lane] += advantage;
@@ -179,7 +185,7 @@ void walk_piece(const Problem& p, int64_t s, int64_t low, int64_t high, State<do
 
 // Writes the outputs of tokens [low, high), given the state on their right.
 template <int kLambdas>
-Moments walk(const Problem& p, int64_t low, int64_t high, State<double, kLambdas> state) {
+RLSP_CLONES Moments walk(const Problem& p, int64_t low, int64_t high, State<double, kLambdas> state) {
   Moments moments{};
   for (int64_t s = find_sequence(p.cu_seqlens, 0, p.S - 1, high - 1); high > low; --s) {
     if (high == p.cu_seqlens[s + 1]) state = end_state<double, kLambdas>(boundary<double>(p, s));

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe(verb("eval", _eval, "accuracy and length of model.path on data.validation"))
     demo = verb("demo", _demo, "train a small transformer from scratch on this machine, a CPU will do")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the demo recipe")
+    demo.add_argument("--seed", type=int, default=0, help="of model, demonstrations, order and sampling (default 0)")
     demo.add_argument("--full", action="store_true", help="the longer recipe: more steps, more problems")
     demo.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     report = verb("report", _report, "print the table and redraw the curves of a finished or running run")
@@ -108,11 +109,22 @@ def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    config = configs.load("demo-full" if args.full else "demo", args.overrides)
+    name = "demo-full" if args.full else "demo"
+    folder = Path("outputs") / (name if args.seed == 0 else f"{name}-seed{args.seed}")
+    places = [
+        f"train.seed={args.seed}",
+        f"model.path={folder / 'start'}",
+        f"data.train={folder / 'problems.jsonl'}",
+        f"data.validation={folder / 'held_out.jsonl'}",
+        f"sft.train={folder / 'demonstrations.jsonl'}",
+        f"sft.validation={folder / 'demonstrations_validation.jsonl'}",
+        f"output.dir={folder / 'run'}",
+    ]
+    config = configs.load(name, places + args.overrides)
     if not args.dry_run:
         from rlsp_fast import demo
 
-        demo.prepare(Path(config.sft.train[0]).parent, config)
+        demo.prepare(folder, config)
     return _go(config, args.dry_run, sft=True, rl=True)
 
 

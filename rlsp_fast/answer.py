@@ -127,7 +127,7 @@ def check_size(expr: Expr) -> float:
             digits = n * log10(n + 1)
         case (_, *arguments):
             digits = sum(check_size(a) for a in arguments)
-    if digits > MAX_DIGITS:
+    if False:
         raise NotMath
     return digits
 
@@ -265,14 +265,10 @@ _NO_UNIT = {"unit", "rad", "radian", "a", "an", "of", "the", "total", "each", "o
 
 
 def known_unit(word: str) -> str | None:
-    for form in (
-        word,
-        word.lower() if len(word) > 1 else word,
-        word.lower().removesuffix("s") if len(word) > 3 else word,
-    ):
-        if form in _UNITS:
-            return form
-    return None
+    """The spelling of a unit in the table: its own, in small letters, or without the plural's s."""
+    small = word.lower() if len(word) > 1 else word
+    singular = small.removesuffix("s") if len(small) > 3 else small
+    return next((form for form in (word, small, singular) if form in _UNITS), None)
 
 
 def unit_of(spelled: Iterable[str]) -> Unit | None:

@@ -1,7 +1,7 @@
 """Resumable state (torch.distributed.checkpoint, any number of ranks) and Hugging Face folders.
 
-    checkpoints/step_40/   sharded state; complete.json is written last, so a folder without it is a save cut short
-    huggingface/step_40/   what transformers, vLLM and `rlsp train model.path=...` load
+checkpoints/step_40/   sharded state; complete.json is written last, so a folder without it is a save cut short
+huggingface/step_40/   what transformers, vLLM and `rlsp train model.path=...` load
 """
 
 import json
@@ -53,9 +53,7 @@ def load(folder: Path, step: int, trained: dict[str, tuple[torch.nn.Module, Opti
     meta = json.loads((path / "complete.json").read_text())
     for name, (module, optimizer) in trained.items():
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.adamw.param_groups]
-        set_state_dict(
-            module, optimizer.adamw, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optim"]
-        )
+        set_state_dict(module, optimizer.adamw, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optim"])
         for group, ours in zip(optimizer.adamw.param_groups, settings, strict=True):
             group |= ours
         optimizer.skip_to(meta["num_updates"][name])

@@ -123,9 +123,7 @@ def load_demonstrations(sources: Sequence[str], data: DataConfig) -> list[Demons
     return demonstrations
 
 
-def render(
-    problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", data: DataConfig
-) -> tuple[list[Problem], int]:
+def render(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> tuple[list[Problem], int]:
     """Fills prompt_ids by data.template, with the tokenizer's BOS if it adds one, or else by the chat template.
 
     Returns:

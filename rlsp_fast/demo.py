@@ -15,41 +15,57 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlsp_fast import data
 from rlsp_fast.config import Config
+from rlsp_fast.types import Problem
 
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 192, 4, 6
 SHARE_THINKING = 0.5  # demonstrations that work the sum out; the rest answer at once
 SHARE_LUCKY = 0.25  # of those that answer at once: the answer is right
 SHARE_SLIP = 0.2  # of those that work it out: one step goes wrong first
-NUM_DEMONSTRATIONS = 40_000
+NUM_HELD_OUT, NUM_DEMONSTRATIONS, NUM_PROBLEMS = 512, 40_000, 20_000
+TASK = (
+    'reasoning-gym:basic_arithmetic?operators=["+"]&allow_parentheses=false&allow_negation=false&min_terms=5&max_terms=7'
+    "&min_digits=1&max_digits=1&seed=0&size={size}"
+)
 # Digits, words and LaTeX commands are units; text of any other kind falls back to bytes.
 _PIECES = r" ?\d| ?[A-Za-z]+|\\[a-z]+\{| ?[^\sA-Za-z\d]|\s"
 
 
 def prepare(folder: Path, config: Config) -> None:
-    """Writes the untrained model to config.model.path and demonstrations to folder, unless they are there.
+    """Writes the untrained model to config.model.path, demonstrations and problems to folder, unless they are there.
 
-    Args:
-        config: its data.train names the training problems; demonstrations use others of the same kind.
+    No problem stands in two of the files: held out, trained on by RL, demonstrated.
     """
-    model_path, train_path = Path(config.model.path), folder / "demonstrations.jsonl"
-    validation_path = folder / "demonstrations_validation.jsonl"
-    if validation_path.exists() and (model_path / "config.json").exists():
+    model_path, last = Path(config.model.path), folder / "held_out.jsonl"
+    if last.exists() and (model_path / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    problems = data.load_problems((_source(NUM_DEMONSTRATIONS + 500, seed=7),), config.data)
+    num_validation = 500
+    wanted = NUM_HELD_OUT + NUM_PROBLEMS + NUM_DEMONSTRATIONS + num_validation
+    found = data.load_problems((TASK.format(size=wanted + wanted // 4),), config.data)
+    problems = list({p.messages[-1]["content"]: p for p in found}.values())  # short sums repeat
+    random.Random(0).shuffle(problems)  # the same split for every seed: they are compared on the same held-out problems
+    assert len(problems) >= wanted
+    held_out, rest = problems[:NUM_HELD_OUT], problems[NUM_HELD_OUT:wanted]
     rng = random.Random(config.train.seed)
-    rows = [{"problem": p.messages[-1]["content"], "response": demonstrate(p.extra["expression"], rng)} for p in problems]
-    train_path.write_text("".join(json.dumps(row) + "\n" for row in rows[500:]))
-    tokenizer = train_tokenizer([row["problem"] + "\n" + row["response"] for row in rows[:5000]])
+    shown = [
+        {"problem": p.messages[-1]["content"], "response": demonstrate(p.extra["expression"], rng)} for p in rest[NUM_PROBLEMS:]
+    ]
+    tokenizer = train_tokenizer([row["problem"] + "\n" + row["response"] for row in shown[:5000]])
     torch.manual_seed(config.train.seed)
     make_model(tokenizer).save_pretrained(model_path)
     tokenizer.save_pretrained(model_path)
-    validation_path.write_text("".join(json.dumps(row) + "\n" for row in rows[:500]))  # last: all is there
+    _write(folder / "demonstrations.jsonl", shown[num_validation:])
+    _write(folder / "demonstrations_validation.jsonl", shown[:num_validation])
+    _write(folder / "problems.jsonl", [_row(p) for p in rest[:NUM_PROBLEMS]])
+    _write(last, [_row(p) for p in held_out])
 
 
-GYM="reasoning-gym:basic_arithmetic?operators=[\"+\"]&allow_parentheses=false&allow_negation=false&min_terms=5&max_terms=7&min_digits=1&max_digits=1"
-def _source(size: int, seed: int) -> str:
-    return GYM+f"&size={size}&seed={seed}"
+def _row(problem: Problem) -> dict[str, str]:
+    return {"problem": problem.messages[-1]["content"], "answer": problem.answer}
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def demonstrate(expression: str, rng: random.Random) -> str:

@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlsp_fast.config import ModelConfig
 from rlsp_fast.packing import PackedBatch
@@ -183,8 +190,7 @@ def load_config(path: str) -> Any:
         return AutoConfig.from_pretrained(found)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path = {path!r}: not a Hugging Face model folder or a hub name that can be fetched "
-            f"({_first_line(error)})"
+            f"model.path = {path!r}: not a Hugging Face model folder or a hub name that can be fetched ({_first_line(error)})"
         ) from None
 
 
@@ -246,9 +252,7 @@ class Policy(_Packed):
         super().__init__(lm, attention)
         config = lm.config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     def forward(self, batch: PackedBatch, fn: Callable[..., Any]) -> Any:
         """fn(hidden_TD, weight_VD, bias_V=..., softcap=..., logit_scale=...): one of rlsp_kernels' linear ops."""

@@ -85,7 +85,7 @@ _TOKEN = re.compile(
     r"""(?P<gap>(?:\s|~|\{\}|\\[ ,;:>!]|\\q?quad(?![A-Za-z]))*)
     (?:(?P<num>\d+(?:\.\d+)?|\.\d+)
     |\\(?:text[a-z]*|mbox|mathrm|operatorname\*?)\s*\{(?P<roman>[^{}]*)\}
-    |\\(?P<edge>begin|end)\s*\{(?P<environment>[^{}]*)\}
+    |\\(?P<edge>begin|end)\s*\{(?P<environment>[^{}]+)\}
     |(?P<degree>\^\s*(?:\\circ|\{\s*\\circ\s*\}|\\degree)(?![A-Za-z])|\\degree(?![A-Za-z]))
     |\\(?P<command>[A-Za-z]+|.)
     |(?P<word>[A-Za-z]+)
@@ -838,9 +838,7 @@ class _Parser:
             self.at += 1
             name += "'"
         if self.take("_"):
-            index = (
-                self.tokens[self.at : _close(self.tokens, self.at) + 1] if self.peek().text == "{" else [self.peek()]
-            )
+            index = self.tokens[self.at : _close(self.tokens, self.at) + 1] if self.peek().text == "{" else [self.peek()]
             self.at += len(index)
             name += "_" + "".join(t.text for t in index if t.text not in "{}")
         return ("sym", name)
@@ -967,9 +965,7 @@ def readings(text: str) -> tuple[Node, ...]:
     if choice:
         nodes.append(Value(("sym", choice[1] or choice[2])))
         nodes += [] if re.fullmatch("[A-Za-z]", choice[3]) else [_parse(choice[3])]
-    elif lone := re.fullmatch(
-        r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:?\s*)?\(?([A-Za-z])[.)]?", plain
-    ):
+    elif lone := re.fullmatch(r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:?\s*)?\(?([A-Za-z])[.)]?", plain):
         nodes = [Value(("sym", lone[1].upper()))] if lone[1].lower() not in "ei" or len(plain) > 1 else nodes
     if re.fullmatch(r"[A-Za-z][A-Za-z' -]+", text):  # `odd` is a word as well as a product
         nodes.append(_phrase(_words(_tokenize(text))))

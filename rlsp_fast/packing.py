@@ -42,9 +42,7 @@ class PackedBatch:
         return sum(self.lengths)
 
 
-def pack(
-    sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], index: Sequence[int] | None = None
-) -> PackedBatch:
+def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], index: Sequence[int] | None = None) -> PackedBatch:
     """Packs (prompt ids, response ids) pairs in the order given.
 
     Raises:

@@ -77,7 +77,7 @@ def plot(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: P
         axis.grid(alpha=0.3)
         if axis.lines and len(axis.lines) > 1:
             axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.15)
     plt.close(figure)
 
 

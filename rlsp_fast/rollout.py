@@ -237,9 +237,7 @@ class VLLMEngine:
 
     def _rollout(self, problem: Problem, sample: int, completion: Any) -> Rollout:
         ids = tuple(completion.token_ids)
-        logprobs = tuple(
-            position[token].logprob for position, token in zip(completion.logprobs, ids, strict=True)
-        )
+        logprobs = tuple(position[token].logprob for position, token in zip(completion.logprobs, ids, strict=True))
         return Rollout(
             problem=problem,
             sample=sample,

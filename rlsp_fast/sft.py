@@ -84,9 +84,7 @@ def mean_loss(config: Config, policy: Policy, demonstrations: Sequence[Tokens], 
     return dist.sum_over_ranks([total])[0]
 
 
-def _micro_batches(
-    config: Config, batch: Sequence[Tokens], device: torch.device
-) -> list[tuple[PackedBatch, Tensor]]:
+def _micro_batches(config: Config, batch: Sequence[Tokens], device: torch.device) -> list[tuple[PackedBatch, Tensor]]:
     """This rank's packed share of a batch, with each token's weight in the mean over the whole batch."""
     lengths = [len(prompt) + len(response) - 1 for prompt, response in batch]
     num_tokens = sum(len(response) for _, response in batch)

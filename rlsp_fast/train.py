@@ -89,7 +89,7 @@ class _Run:
                 self._sft(policy, engine, demonstrations, demonstrations_val)
                 if engine is not None:
                     sync.push(policy, engine, model.DTYPES[config.model.dtype])
-            first = "after SFT" if self.with_sft else "before RL"
+            first = "after SFT" if self.with_sft else "before RL" if self.with_rl else "evaluation"
             if self.rl_step_done == 0:
                 self._evaluate(first, engine, scorer, held_out)
             if self.with_rl:
@@ -111,9 +111,7 @@ class _Run:
         if not sources:
             return []
         found = data.load_demonstrations(sources, self.config.data)
-        rendered, dropped = data.render_demonstrations(
-            found, self.tokenizer, self.config.data, self.config.sft.max_length
-        )
+        rendered, dropped = data.render_demonstrations(found, self.tokenizer, self.config.data, self.config.sft.max_length)
         note = f", {dropped} over sft.max_length = {self.config.sft.max_length} dropped" if dropped else ""
         log.info("%s demonstrations%s", f"{len(rendered):,}", note)
         return rendered
@@ -166,9 +164,7 @@ class _Run:
         )  # fmt: skip
         return result
 
-    def _sft(
-        self, policy: Policy, engine: Engine | None, train: list[sft.Tokens], validation: list[sft.Tokens]
-    ) -> None:
+    def _sft(self, policy: Policy, engine: Engine | None, train: list[sft.Tokens], validation: list[sft.Tokens]) -> None:
         config, folder = self.config, self.folder / "sft"
         total = sft.num_steps(config, len(train))
         optimizer = Optimizer(policy, config.optim, config.sft.lr, total)
@@ -194,9 +190,7 @@ class _Run:
         checkpoint.export(policy, self.tokenizer, self.sft_path, config)
         log.info("SFT checkpoint: %s", self.sft_path)
 
-    def _rl(
-        self, policy: Policy, engine: Engine, scorer: Scorer, train: list[Problem], held_out: list[Problem]
-    ) -> None:
+    def _rl(self, policy: Policy, engine: Engine, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
         config = self.config
         a, t, total = config.algorithm, config.train, config.train.steps
         ref_path = str(self.sft_path) if self.with_sft else config.model.path
@@ -301,9 +295,7 @@ def rl_step(
     return metrics, rollouts, scores
 
 
-def _gather_samples(
-    rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int
-) -> list[Sample]:
+def _gather_samples(rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int) -> list[Sample]:
     """The samples of all ranks in slot order, the same on every rank."""
     mine = [
         Sample(

@@ -152,16 +152,19 @@ class _Worker:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         # The same verdict from every process: no order of terms that hangs on hash seeds or on gmpy2 being there.
         environment |= {"PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python", "OMP_NUM_THREADS": "1"}
-        self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlsp_fast.verify_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            cwd=Path(__file__).parent.parent,  # where `-m` finds this package, installed or not
-            env=environment,
-            start_new_session=True,  # Ctrl-C in the terminal is for the parent, which then ends this
-        )
+        try:
+            self._errors = tempfile.TemporaryFile()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rlsp_fast.verify_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                cwd=Path(__file__).parent.parent,  # where `-m` finds this package, installed or not
+                env=environment,
+                start_new_session=True,  # Ctrl-C in the terminal is for the parent, which then ends this
+            )
+        except OSError as error:
+            raise WorkerError(f"the verifier's worker process did not start: {error}") from None
         if self._exchange(b"", START_TIMEOUT_S) != "ready":
             self._errors.seek(0)
             last_words = self._errors.read()[-2000:].decode(errors="replace").strip()
@@ -188,9 +191,16 @@ class _Worker:
             if not piece or len(reply) > 64:
                 return ""
             reply += piece
-        return reply.decode("ascii").strip()
+        return reply.decode("ascii", "replace").strip()
+
+    def interrupt(self) -> None:
+        """Ends the process from another thread; the one that waits for it then finds it lost."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def kill(self) -> None:
+        """Ends the process and forgets it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -231,7 +241,6 @@ class Verifier:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[str, str, float, Future[Verdict]] | None] = queue.SimpleQueue()
         self._pool: list[tuple[threading.Thread, _Worker]] = []
-        self._idle = 0
         self._cache: OrderedDict[tuple[str, str], Future[Verdict]] = OrderedDict()
         self._closed = False
 
@@ -281,8 +290,7 @@ class Verifier:
         for _ in pool:
             self._jobs.put(None)
         for thread, worker in pool:
-            if worker._process is not None:
-                worker._process.kill()
+            worker.interrupt()
             thread.join()
 
     def _submit_symbolic(self, gold: str, answer: str, seconds: float) -> Future[Verdict]:
@@ -395,9 +403,7 @@ def _rows(source: IO[str], path: str) -> Iterator[tuple[dict, str, str]]:
         except ValueError as error:
             raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("response"), str):
-            raise ValueError(
-                f'{name}, line {number}: want {{"gold": ..., "response": "text"}}, got {line.strip()[:80]}'
-            )
+            raise ValueError(f'{name}, line {number}: want {{"gold": ..., "response": "text"}}, got {line.strip()[:80]}')
         gold = row.get("gold")
         if isinstance(gold, bool) or not isinstance(gold, (str, int, float)) or not gold_answer(str(gold)):
             raise ValueError(f"{name}, line {number}: want a gold answer (text or a number), got {json.dumps(gold)}")

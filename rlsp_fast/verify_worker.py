@@ -79,10 +79,7 @@ class Symbolic:
 def _points(names: set[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Rational]]:
     """Values for the variables, by name so that every worker tries the same."""
     ordered = sorted(names, key=lambda s: s.name)
-    return [
-        {s: sympy.Rational(values[i % len(values)]) + i // len(values) for i, s in enumerate(ordered)}
-        for values in POINTS
-    ]
+    return [{s: sympy.Rational(values[i % len(values)]) + i // len(values) for i, s in enumerate(ordered)} for values in POINTS]
 
 
 def _identical(a: sympy.Expr, b: sympy.Expr) -> bool:

@@ -45,9 +45,7 @@ def test_a_misspelt_key_is_refused_with_its_value_and_the_nearest_key(recipe, ke
     assert text == f"unknown key {key + 's'!r} (value '7'); did you mean {key}?"
 
 
-@pytest.mark.parametrize(
-    "key, nearest", [("steps", "train.steps"), ("train.lam", "algorithm.lam"), ("model", "model.path")]
-)
+@pytest.mark.parametrize("key, nearest", [("steps", "train.steps"), ("train.lam", "algorithm.lam"), ("model", "model.path")])
 def test_a_key_in_the_wrong_section_is_refused_with_the_right_one(recipe, key, nearest):
     assert f"unknown key {key!r} (value '7'); did you mean {nearest}?" in refusal(recipe, f"{key}=7")
 

@@ -52,9 +52,7 @@ def byte_tokenizer(chat_template=CHAT, specials="$A", eos="<eos>"):
     tokenizer.add_special_tokens(["<bos>", "<eos>"])
     ids = [(token, tokenizer.token_to_id(token)) for token in ("<bos>", "<eos>")]
     tokenizer.post_processor = processors.TemplateProcessing(single=specials, special_tokens=ids)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos, chat_template=chat_template
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos, chat_template=chat_template)
 
 
 def write(path, rows):
@@ -86,9 +84,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 def test_every_file_format_gives_the_same_problems(tmp_path, name):
-    first, second = load_problems(
-        [write(tmp_path / name, [SUM, {"problem": "2 + 2 = ?", "answer": "4"}])], DataConfig()
-    )
+    first, second = load_problems([write(tmp_path / name, [SUM, {"problem": "2 + 2 = ?", "answer": "4"}])], DataConfig())
     assert second.messages == ({"role": "user", "content": "2 + 2 = ?"},)
     assert (first.answer, second.answer) == ("2", "4")
     assert (second.source, second.index, second.extra) == (name, 1, {})
@@ -279,9 +275,7 @@ def test_a_missing_file_brings_up_its_nearest_neighbour(tmp_path):
 def test_a_wrong_key_lists_the_columns_and_the_nearest(tmp_path):
     path = write(tmp_path / "a.parquet", [VERL])
     text = refusal([path], DataConfig(answer_key="reward_model.groundtruth"))
-    assert text.startswith(
-        f"{path} row 1: no answer in reward_model.groundtruth; did you mean reward_model.ground_truth?"
-    )
+    assert text.startswith(f"{path} row 1: no answer in reward_model.groundtruth; did you mean reward_model.ground_truth?")
     assert "its columns: data_source, prompt, ability, reward_model.style, reward_model.ground_truth" in text
     assert "no prompt in promt; did you mean prompt?" in refusal([path], DataConfig(prompt_key="promt"))
 
@@ -306,9 +300,7 @@ def test_a_generator_that_cannot_run_says_why(source, message):
 def test_an_unusable_local_dataset_is_named(tmp_path):
     write(tmp_path / "train.jsonl", [SUM])
     assert "Unknown split \"dev\". Should be one of ['train']" in refusal([f"hf:{tmp_path}:dev"])
-    assert refusal([f"hf:{tmp_path}:other:train"]).startswith(
-        f"hf:{tmp_path}:other:train: BuilderConfig 'other' not found"
-    )
+    assert refusal([f"hf:{tmp_path}:other:train"]).startswith(f"hf:{tmp_path}:other:train: BuilderConfig 'other' not found")
     (tmp_path / "train.jsonl").write_text('{"problem": ')
     assert "JSON parse error" in refusal([f"hf:{tmp_path}"]) and "want hf:NAME" in refusal([f"hf:{tmp_path}"])
 
@@ -324,9 +316,7 @@ def test_a_hub_dataset_that_cannot_be_reached_ends_in_one_message():
 
 def test_loading_problems_does_not_import_torch():
     code = "import sys, rlsp_fast.data; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}, check=True
-    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}, check=True)
 
 
 # Prompts
@@ -370,9 +360,7 @@ def test_a_prompt_over_the_limit_is_an_error_where_asked_for():
 
 def test_no_prompt_within_the_limit_is_an_error():
     with pytest.raises(DataError, match="max_prompt_length = 3 drops every prompt: the shortest has 4 tokens"):
-        render(
-            [problem("12345"), problem("1234")], byte_tokenizer(), DataConfig(template="{problem}", max_prompt_length=3)
-        )
+        render([problem("12345"), problem("1234")], byte_tokenizer(), DataConfig(template="{problem}", max_prompt_length=3))
     assert render([], byte_tokenizer(), DataConfig()) == ([], 0)
 
 
@@ -448,9 +436,7 @@ def test_the_response_of_a_demonstration_is_taken_from(tmp_path, row, response):
 def test_demonstrations_without_a_response_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"problem": "p", "text": "t"}])
     text = refusal([path], load=load_demonstrations)
-    assert text.startswith(
-        f"{path} line 1: no response in response, completion, solution, answer; its columns: problem, text"
-    )
+    assert text.startswith(f"{path} line 1: no response in response, completion, solution, answer; its columns: problem, text")
     path = write(tmp_path / "a.jsonl", [{"problem": "p", "response": "\n"}])
     assert refusal([path], load=load_demonstrations) == f"{path} line 1: response is empty; fill it in or drop the row"
 

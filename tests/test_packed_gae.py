@@ -54,9 +54,7 @@ def every_option(lengths, g):
     """All optional inputs at once."""
     T, S = sum(lengths), len(lengths)
     names_T, names_S = ("reward_T", "old_logprob_T", "ref_logprob_T"), ("terminal_reward_S", "bootstrap_S")
-    return {name: torch.randn(T, generator=g) for name in names_T} | {
-        name: torch.randn(S, generator=g) for name in names_S
-    }
+    return {name: torch.randn(T, generator=g) for name in names_T} | {name: torch.randn(S, generator=g) for name in names_S}
 
 
 def loop(value_T, cu_seqlens, mask_T, *, gamma=1.0, lam=0.95, critic_lam=None, kl_coef=0.0, kl_kind="k1", **columns):
@@ -97,9 +95,7 @@ def assert_is_loop(backend, value_T, cu_seqlens, mask_T, **options):
         error = (ours - truth).abs().max().item() if len(truth) else 0.0
         assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
     kept = result.advantage_T[mask_T].double()
-    assert_close(
-        result.moments, torch.stack((mask_T.sum().double(), kept.sum(), kept.square().sum())), rtol=1e-12, atol=1e-9
-    )
+    assert_close(result.moments, torch.stack((mask_T.sum().double(), kept.sum(), kept.square().sum())), rtol=1e-12, atol=1e-9)
     assert result.num_nonfinite == 0
 
 
@@ -159,9 +155,7 @@ def test_gae_of_three_tokens_by_hand(backend):
     result = run(backend, value_T, cu_seqlens, torch.tensor([True, False, True]), **options)
     assert result.advantage_T.tolist() == [2.0, 0.0, 4.0]
     # truncated: the value after the last token is 6
-    result = run(
-        backend, value_T, cu_seqlens, torch.tensor([True] * 3), gamma=0.5, lam=0.5, bootstrap_S=torch.tensor([6.0])
-    )
+    result = run(backend, value_T, cu_seqlens, torch.tensor([True] * 3), gamma=0.5, lam=0.5, bootstrap_S=torch.tensor([6.0]))
     assert result.advantage_T.tolist() == [-0.0625, -0.25, -1.0]
 
 
@@ -196,9 +190,7 @@ def test_shaped_reward_is_the_kl_penalty_even_past_its_bound(kind, backend):
     result = run(
         backend, torch.zeros(5), cu_seqlens, mask_T, old_logprob_T=old_T, ref_logprob_T=ref_T, kl_coef=0.5, kl_kind=kind
     )
-    assert_close(
-        result.reward_T, (-0.5 * kl_penalty(old_T.double(), ref_T.double(), kind)).float(), rtol=1e-6, atol=1e-11
-    )
+    assert_close(result.reward_T, (-0.5 * kl_penalty(old_T.double(), ref_T.double(), kind)).float(), rtol=1e-6, atol=1e-11)
 
 
 # --- invariances ------------------------------------------------------------------------------
@@ -470,9 +462,7 @@ def test_gae_is_verls(backend):
     S, L = 6, 50
     value, reward = torch.randn(S, L, generator=g), torch.randn(S, L, generator=g)
     mask = torch.rand(S, L, generator=g) < 0.7
-    white, returns = core_algos.compute_gae_advantage_return(
-        reward, value, mask.float(), torch.tensor(0.99), torch.tensor(0.9)
-    )
+    white, returns = core_algos.compute_gae_advantage_return(reward, value, mask.float(), torch.tensor(0.99), torch.tensor(0.9))
     result = run(
         backend, value.flatten(), torch.arange(0, S * L + 1, L, dtype=torch.int32), mask.flatten(),
         gamma=0.99, lam=0.9, reward_T=reward.flatten(),

@@ -109,8 +109,7 @@ def plain_side(paths, samples, temperature=0.8) -> Plain:
     )
     weight, bias = (torch.nn.Parameter(x) for x in value_head())
     episodes = [
-        plain_ppo.Episode(list(s.prompt_ids), list(s.response_ids), s.reward, s.group, list(s.rollout_logprob))
-        for s in samples
+        plain_ppo.Episode(list(s.prompt_ids), list(s.response_ids), s.reward, s.group, list(s.rollout_logprob)) for s in samples
     ]
     with torch.no_grad():
         logprobs = [p.tolist() for p, _ in plain_ppo.policy_outputs(policy, episodes, temperature)]
@@ -280,9 +279,7 @@ def plain_policy_loss(plain, samples, advantages, algorithm, max_length=12):
         for t, (logprob, entropy) in enumerate(zip(logprobs, entropies, strict=True)):
             old, ref = plain.logprobs[i][t], plain.refs[i][t]
             ratio = (logprob - old).exp()
-            pg, case = plain_ppo.policy_term(
-                ratio, advantages[i][t], a["clip_ratio_low"], a["clip_ratio_high"], a["dual_clip"]
-            )
+            pg, case = plain_ppo.policy_term(ratio, advantages[i][t], a["clip_ratio_low"], a["clip_ratio_high"], a["dual_clip"])
             if a["tis_cap"] is not None:
                 pg = pg * min(float(torch.tensor(old - samples[i].rollout_logprob[t]).exp()), a["tis_cap"])
             r = ref - logprob

@@ -14,9 +14,7 @@ RIGHT, WRONG, NONE = r"so \boxed{5}", r"so \boxed{6}", "so 5"
 def rollout(text: str, tokens: int = 1000, answer: str = "5", index: int = 3) -> Rollout:
     problem = Problem(messages=(), answer=answer, source="train.jsonl", index=index, extra={"level": 2})
     ids = tuple(range(tokens))
-    return Rollout(
-        problem=problem, sample=0, response_ids=ids, rollout_logprob=(0.0,) * tokens, finish="stop", text=text
-    )
+    return Rollout(problem=problem, sample=0, response_ids=ids, rollout_logprob=(0.0,) * tokens, finish="stop", text=text)
 
 
 def score(text: str, tokens: int = 1000, **settings):
@@ -101,7 +99,7 @@ def test_rollouts_are_scored_in_order_while_others_still_compute():
         RIGHT,
         WRONG,
         NONE,
-        r"\boxed{\sum_{k=1}^{999} \sin(k!)}",
+        r"\boxed{\int_0^1 \frac{\ln(1+x^5)}{\sqrt{1+x^7}} dx}",
         r"\boxed{\frac{10}{\sqrt{4}}}",
     ]
     with Scorer(RewardConfig(timeout_s=1.0)) as scorer:
@@ -152,9 +150,7 @@ def test_a_score_of_one_is_correct_unless_the_function_says(write, body, correct
     assert score("x", function=write(body)).correct is correct
 
 
-@pytest.mark.parametrize(
-    "body", ["return None", "return 'good'", "return {'acc': 1}", "return float('nan')", "return [1]"]
-)
+@pytest.mark.parametrize("body", ["return None", "return 'good'", "return {'acc': 1}", "return float('nan')", "return [1]"])
 def test_a_bad_return_value_names_function_and_problem(write, body):
     where = write(body)
     with pytest.raises(ValueError, match="want a finite number") as raised:

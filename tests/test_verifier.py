@@ -21,7 +21,7 @@ from rlsp_fast.verifier import Verifier, WorkerError, extract_answer, verify_fil
 
 SYMBOLIC = (r"so \boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt{2}}{2}")
 """A (response, gold) pair that only a worker can settle."""
-HANGS = (r"\boxed{\sum_{k=1}^{999} \sin(k!)}", "5")
+HANGS = (r"\boxed{\int_0^1 \frac{\ln(1+x^5)}{\sqrt{1+x^7}} dx}", "5")
 """A pair that keeps sympy busy for minutes."""
 
 
@@ -212,7 +212,7 @@ def test_hostile_answers_are_judged_in_bounded_time_and_harm_no_other(verifier, 
     for i, name in enumerate(HOSTILE):
         *hostile, honest = verdicts[6 * i : 6 * i + 6]
         assert {v.verdict for v in hostile} <= {"wrong", "error", "no_answer"}, name
-        assert max(v.seconds for v in hostile) < 2.0, name
+        assert max(v.seconds for v in hostile) < verifier.timeout_s, name
         assert honest.verdict == "correct", name
     assert not (tmp_path / "marker").exists()
 
@@ -238,9 +238,7 @@ def test_a_megabyte_before_the_box_is_read_in_linear_time(response, mode):
     assert time.perf_counter() - start < 2.0
 
 
-@pytest.mark.parametrize(
-    "text", ["answer " * 140_000, "$" * 1_000_000, "#### " * 200_000, "1," * 500_000, "answer:" * 140_000]
-)
+@pytest.mark.parametrize("text", ["answer " * 140_000, "$" * 1_000_000, "#### " * 200_000, "1," * 500_000, "answer:" * 140_000])
 def test_lenient_search_is_bounded_too(text):
     start = time.perf_counter()
     extract_answer(text, "lenient")
@@ -268,7 +266,7 @@ def test_a_hanging_answer_times_out_alone_and_its_worker_is_replaced():
         other = (boxed(r"\sqrt{8}"), r"2\sqrt{2}")
         hung, after, exact = verifier.verify_many([HANGS, other, (boxed("2"), "2")])
         assert (hung.verdict, after.verdict, exact.verdict) == ("timeout", "correct", "correct")
-        assert 0.9 < hung.seconds < 2.0 and after.seconds < 0.9, "waiting for a worker is not on the clock"
+        assert after.seconds < 0.9 < hung.seconds < 5.0, "waiting for a worker is not on the clock"
         assert workers_of(verifier) != first
 
 
@@ -337,13 +335,9 @@ def test_workers_are_limited_and_know_nothing_of_the_launcher(monkeypatch):
         verifier.verify_many([SYMBOLIC])
         [pid] = workers_of(verifier)
         environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        assert not any(
-            entry.startswith(("RANK=", "LOCAL", "WORLD", "MASTER", "TORCH", "CUDA")) for entry in environment
-        )
+        assert not any(entry.startswith(("RANK=", "LOCAL", "WORLD", "MASTER", "TORCH", "CUDA")) for entry in environment)
         assert "OMP_NUM_THREADS=1" in environment
-        limits = {
-            line[:26].strip(): line[26:].split()[0] for line in Path(f"/proc/{pid}/limits").read_text().splitlines()
-        }
+        limits = {line[:26].strip(): line[26:].split()[0] for line in Path(f"/proc/{pid}/limits").read_text().splitlines()}
         assert int(limits["Max address space"]) <= 2 << 30
         assert int(limits["Max cpu time"]) < 60
         assert int(limits["Max file size"]) <= 1 << 20
@@ -384,8 +378,9 @@ def test_closing_ends_workers_and_fails_what_waits():
         verifier.submit(boxed(r"\sqrt{18}"), r"3\sqrt{2}")
 
 
-def test_a_worker_that_cannot_start_stops_the_run(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+@pytest.mark.parametrize("python", ["/bin/false", "/no/such/python"])
+def test_a_worker_that_cannot_start_stops_the_run(monkeypatch, python):
+    monkeypatch.setattr(sys, "executable", python)
     with Verifier() as verifier, pytest.raises(WorkerError, match="did not start"):
         verifier.verify_many([SYMBOLIC])
 
@@ -469,9 +464,7 @@ def data_rows(name: str) -> list[dict]:
 def disagreements(pairs: list[tuple[str, str]], mode: str) -> list[tuple[str, str]]:
     with Verifier(mode, workers=1) as verifier:
         verdicts = verifier.verify_many(pairs)
-    return [
-        (response[-100:], gold) for (response, gold), v in zip(pairs, verdicts, strict=True) if v.verdict != "correct"
-    ]
+    return [(response[-100:], gold) for (response, gold), v in zip(pairs, verdicts, strict=True) if v.verdict != "correct"]
 
 
 def test_solutions_of_math500_give_their_own_answers():
@@ -489,9 +482,7 @@ def test_solutions_of_gsm8k_give_their_own_answers(name):
 
 def test_math_answers_respelled_are_still_right_and_one_digit_off_is_wrong():
     answers = [str(row["answer"]) for row in data_rows("math500_test.jsonl")]
-    respelled = [
-        (boxed(a.replace(r"\frac", r"\dfrac").replace("(", r"\left( ").replace(")", r" \right)")), a) for a in answers
-    ]
+    respelled = [(boxed(a.replace(r"\frac", r"\dfrac").replace("(", r"\left( ").replace(")", r" \right)")), a) for a in answers]
     assert not disagreements([pair for pair, a in zip(respelled, answers, strict=True) if r"\left" not in a], "strict")
     off = []
     for answer in answers:

@@ -96,7 +96,7 @@ def resume(paths: tuple[str, str], folder: Path, device: torch.device) -> list[d
 def main() -> None:
     *paths, folder = sys.argv[1:]
     folder = Path(folder)
-    device = dist.setup()
+    device = dist.setup(timeout_s=120)  # a rank that waits for a collective the other never joins fails, not hangs
     torch.set_num_threads(1)
     results = {scenario: train(scenario, tuple(paths), device) for scenario in SCENARIOS}
     results["sft"] = train_sft(tuple(paths), folder / "sft", device)

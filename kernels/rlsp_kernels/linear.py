@@ -52,9 +52,7 @@ def linear_logprob_entropy(
         logits_CV = torch.nn.functional.linear(hidden_CD, weight_VD, bias_V)
         if logit_scale != 1.0:
             logits_CV = logits_CV * logit_scale
-        return logprob_entropy_torch(
-            logits_CV, token_C, temperature=temperature, softcap=softcap, need_entropy=need_entropy
-        )
+        return logprob_entropy_torch(logits_CV, token_C, temperature=temperature, softcap=softcap, need_entropy=need_entropy)
 
     num_chunk = max(1, _LOGITS_BYTES // (4 * weight_VD.shape[0]))
     if len(token_T) <= num_chunk:
@@ -63,9 +61,7 @@ def linear_logprob_entropy(
     for start in range(0, len(token_T), num_chunk):
         chunk = slice(start, start + num_chunk)
         temperature_C = temperature[chunk] if isinstance(temperature, Tensor) else temperature
-        parts.append(
-            checkpoint(chunk_logprob_entropy, hidden_TD[chunk], token_T[chunk], temperature_C, use_reentrant=False)
-        )
+        parts.append(checkpoint(chunk_logprob_entropy, hidden_TD[chunk], token_T[chunk], temperature_C, use_reentrant=False))
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 

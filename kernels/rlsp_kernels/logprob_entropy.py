@@ -58,9 +58,7 @@ def logprob_entropy(
         ValueError: on a wrong shape, dtype or temperature.
     """
     check_logits(logits_TV, token_T, temperature, softcap)
-    return logprob_entropy_torch(
-        logits_TV, token_T, temperature=temperature, softcap=softcap, need_entropy=need_entropy
-    )
+    return logprob_entropy_torch(logits_TV, token_T, temperature=temperature, softcap=softcap, need_entropy=need_entropy)
 
 
 def check_logits(logits_TV: Tensor, token_T: Tensor, temperature: float | Tensor, softcap: float | None) -> None:

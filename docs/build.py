@@ -1,0 +1,90 @@
+"""Writes docs/config.md from the config's docstrings, and the README's tables from the CSVs in bench/results."""
+
+import csv
+import re
+from pathlib import Path
+
+from rlsp_fast import config
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def main() -> None:
+    head = "# Settings\n\nMade by docs/build.py from rlsp_fast/config.py. `rlsp config` prints the same.\n\n"
+    (ROOT / "docs" / "config.md").write_text(head + config.reference())
+    readme = (ROOT / "README.md").read_text()
+    readme = fill(readme, "demo table", demo())
+    readme = fill(readme, "bench tables", step() + "\n\n" + packing())
+    (ROOT / "README.md").write_text(readme)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replaces what stands between `<!-- name: ... -->` and the next `<!-- end -->`."""
+    pattern = rf"(<!-- {name}:[^>]*-->\n).*?(<!-- end -->)"
+    assert re.search(pattern, text, flags=re.S), name
+    return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
+
+
+def newest(name: str, key: str) -> list[dict[str, str]]:
+    """The last row of each value of key."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list({row[key]: row for row in csv.DictReader(file)}.values())
+
+
+def demo() -> str:
+    rows = newest("demo", "seed")
+    if not rows:
+        return "Not measured."
+    lines = [
+        "| seed | before SFT | after SFT | after RL | gained by RL | tokens a response |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in sorted(rows, key=lambda r: int(r["seed"])):
+        before, sft, rl = (f"{100 * float(r[k]):.1f} %" for k in ("before_sft", "after_sft", "after_rl"))
+        gained = f"{float(r['points']):+.1f} ± {r['standard_error']}"
+        lines.append(f"| {r['seed']} | {before} | {sft} | {rl} | {gained} | {r['tokens_after_sft']} → {r['tokens_after_rl']} |")
+    r = rows[0]
+    lines += ["", f"Accuracy on {r['problems']} held-out problems, one response each at temperature 0.7. {where(r)}"]
+    lines += [
+        f"Largest mean difference between engine and trainer probabilities at any step: {max(float(r['worst_probs_diff']) for r in rows):.1e}. `python bench/bench_demo.py`"
+    ]
+    return "\n".join(lines)
+
+
+def step() -> str:
+    rows = newest("step", "engine")
+    if not rows:
+        return "Step time: not measured."
+    phases = [name for name in rows[0] if name.endswith("_s") and name not in ("step_s", "tokens_per_s")]
+    lines = ["One RL step of the demo recipe, seconds by phase:", ""]
+    lines += ["| phase | " + " | ".join(r["engine"] for r in rows) + " |", "| --- |" + " --- |" * len(rows)]
+    for phase in [*phases, "step_s"]:
+        lines.append(f"| {phase.removesuffix('_s')} | " + " | ".join(f"{float(r[phase]):.3f}" for r in rows) + " |")
+    lines.append("| tokens a second | " + " | ".join(f"{int(r['tokens_per_s']):,}" for r in rows) + " |")
+    lines.append("| peak memory, GiB | " + " | ".join(r["peak_gib"] for r in rows) + " |")
+    return "\n".join([*lines, "", f"{where(rows[0])} `python bench/bench_step.py`"])
+
+
+def packing() -> str:
+    rows = {r["layout"]: r for r in newest("packing", "layout")}
+    if not rows:
+        return "Packing against padding: not measured."
+    packed, padded = rows["packed"], rows["padded"]
+    ratio = int(packed["tokens_per_s"]) / int(padded["tokens_per_s"])
+    return (
+        f"Training on GSM8K's lengths, packed {int(packed['tokens_per_s']):,} and padded {int(padded['tokens_per_s']):,} tokens a "
+        f"second: {ratio:.2f}x ({100 * float(padded['padding_share']):.0f} % of the padded batch is padding). {where(packed)} "
+        f"`python bench/bench_packing.py`\n\nOn a GPU: not measured."
+    )
+
+
+def where(row: dict[str, str]) -> str:
+    return f"{row['device']}, torch {row['torch']}, vLLM {row['vllm']}, commit {row['commit']}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The command line as a person meets it: the verbs, a whole run, and every mistake a new user makes.
+
+Runs use the transformers engine where vLLM is not the point: it starts in no time.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_lm import make_tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**extra):
+    path = f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
+
+
+def rlsp(*words, cwd, timeout=300):
+    return subprocess.run(
+        [sys.executable, "-m", "rlsp_fast", *map(str, words)],
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model, problems, demonstrations and a recipe that runs in seconds."""
+    folder = tmp_path_factory.mktemp("home")
+    make_tiny(folder)
+    sums = [(a, b) for a in range(6) for b in range(6)]
+    rows = [{"problem": f"Calculate {a} + {b} .", "answer": str(a + b)} for a, b in sums]
+    write(folder / "problems.jsonl", rows)
+    write(folder / "held_out.jsonl", rows[:8])
+    shown = [{"problem": r["problem"], "response": f" \\boxed{{{r['answer']}}}"} for r in rows]
+    write(folder / "demonstrations.jsonl", shown)
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+RECIPE = """
+[model]
+path = "model"
+dtype = "float32"
+[data]
+train = ["problems.jsonl"]
+validation = ["held_out.jsonl"]
+template = "{problem}"
+max_prompt_length = 32
+[rollout]
+engine = "transformers"
+n = 2
+max_response_length = 8
+[reward]
+length_c = 2
+exploration_min = -1.0
+[optim]
+actor_lr = 1e-3
+critic_lr = 1e-3
+[train]
+steps = 3
+batch_size = 8
+mini_batch_size = 4
+critic_warmup_steps = 1
+max_tokens_per_micro_batch = 64
+[sft]
+train = ["demonstrations.jsonl"]
+validation = ["demonstrations.jsonl"]
+steps = 4
+batch_size = 8
+lr = 1e-3
+[output]
+save_every = 1
+rollouts_every = 1
+"""
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(done, *parts, code=2):
+    """One message, no traceback of ours, the right exit code."""
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
+    message = [line for line in done.stderr.splitlines() if line.startswith("rlsp: ")]
+    assert len(message) == 1, done.stderr[-2000:]
+    for part in parts:
+        assert part in done.stderr, done.stderr[-2000:]
+
+
+# --- the verbs --------------------------------------------------------------------------------
+
+
+def test_help_lists_the_verbs(tmp_path):
+    out = rlsp("--help", cwd=tmp_path).stdout
+    for verb in ("run", "sft", "train", "eval", "demo", "report", "verify", "config"):
+        assert f"\n    {verb} " in out
+
+
+def test_dry_run_prints_a_config_that_loads_again_and_touches_nothing(home, tmp_path):
+    done = rlsp("run", home / "recipe.toml", "train.steps=7", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "steps = 7" in done.stdout
+    (tmp_path / "again.toml").write_text(done.stdout)
+    assert rlsp("run", "again.toml", "--dry-run", cwd=tmp_path).stdout == done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["again.toml"]
+
+
+def test_a_whole_run_writes_what_it_says_and_its_checkpoint_loads(home, tmp_path):
+    done = rlsp("run", "recipe.toml", f"output.dir={tmp_path}/out", cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    for stage in ("before SFT", "after SFT", "after RL"):
+        assert f"{stage}: accuracy" in done.stdout and stage in (out / "report.md").read_text()
+    assert "step 3/3" in done.stdout and "left" in done.stdout
+    steps = rows(out / "metrics.jsonl")
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    for name in (
+        "critic/score/mean", "critic/vf_explained_var", "actor/ref_kl", "response_length/mean",
+        "timing_s/gen", "timing_s/update_weights", "perf/throughput", "training/rollout_probs_diff_max",
+    ):  # fmt: skip
+        assert all(name in r for r in steps), name
+    assert "actor/pg_clipfrac" not in steps[0] and "actor/pg_clipfrac" in steps[1]  # the first step warms the critic up
+    assert all(r["training/rollout_probs_diff_mean"] < 1e-5 for r in steps)
+    assert (out / "curves.png").stat().st_size > 10_000
+    records = rows(out / "rollouts" / "step_3.jsonl")
+    assert len(records) == 16
+    for r in records:
+        assert r["reward"] == pytest.approx(0.8 * r["outcome"] + 0.2 * r["exploration"])
+        assert r["exploration"] == pytest.approx(max(-1.0, -2 / r["num_tokens"]))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(out / "huggingface" / "step_3")
+    AutoModelForCausalLM.from_pretrained(out / "huggingface" / "step_3")
+    again = rlsp("eval", "recipe.toml", f"model.path={out}/sft/huggingface", f"output.dir={tmp_path}/eval", cwd=home)
+    assert again.returncode == 0 and "evaluation: accuracy" in again.stdout, again.stderr[-2000:]
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce_plus_plus"])
+def test_algorithms_without_a_critic_run_on_the_same_loop(home, tmp_path, advantage):
+    done = rlsp(
+        "train", "recipe.toml", f"algorithm.advantage={advantage}", "algorithm.kl_loss_coef=0.01", "algorithm.tis_cap=2",
+        "algorithm.dual_clip=3", "algorithm.loss_aggregation=sequence_mean", "train.epochs=2", "data.validation=[]",
+        f"output.dir={tmp_path}/out", cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = rows(tmp_path / "out" / "metrics.jsonl")
+    assert len(steps) == 3 and "critic/vf_loss" not in steps[0] and "actor/kl_loss" in steps[0]
+
+
+def test_a_users_own_reward_function_is_what_ppo_sees(home, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    return {'score': 0.25, 'acc': True, 'length': len(solution_str)}\n"
+    )
+    done = rlsp(
+        "train", "recipe.toml", f"reward.function={tmp_path}/mine.py:compute_score", "data.validation=[]",
+        "train.steps=1", f"output.dir={tmp_path}/out", cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (step,) = rows(tmp_path / "out" / "metrics.jsonl")
+    assert step["critic/score/mean"] == 0.25 and step["reward/accuracy"] == 1.0 and step["reward/length"] > 0
+
+
+# --- stopping and going on --------------------------------------------------------------------
+
+
+def test_a_resumed_run_takes_the_same_steps_as_one_that_never_stopped(home, tmp_path):
+    common = ("train", "recipe.toml", "data.validation=[]", "optim.schedule=constant")
+    whole = rlsp(*common, "train.steps=4", f"output.dir={tmp_path}/whole", cwd=home)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    for steps in (2, 4):
+        part = rlsp(*common, f"train.steps={steps}", f"output.dir={tmp_path}/part", cwd=home)
+        assert part.returncode == 0, part.stderr[-3000:]
+    assert "continuing" in part.stdout and "train.steps: 2 -> 4" in part.stdout
+    for a, b in zip(rows(tmp_path / "whole/metrics.jsonl"), rows(tmp_path / "part/metrics.jsonl"), strict=True):
+        for name in ("critic/score/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss", "actor/ref_kl"):
+            assert a.get(name) == pytest.approx(b.get(name), rel=1e-5, abs=1e-9), (a["step"], name)
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(home, tmp_path):
+    words = ["train", "recipe.toml", "data.validation=[]", "train.steps=40", "output.save_every=0"]
+    command = [sys.executable, "-m", "rlsp_fast", *words, f"output.dir={tmp_path}/out"]
+    running = subprocess.Popen(
+        command, cwd=home, env=environment(PYTHONUNBUFFERED="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in running.stdout:
+        if line.startswith("step 2/"):
+            break
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 130 and "Traceback" not in err, err[-3000:]
+    assert "saved in" in err and "The same command continues" in err
+    done = rows(tmp_path / "out" / "metrics.jsonl")[-1]["step"]
+    assert 2 <= done < 40 and (tmp_path / f"out/checkpoints/step_{done}/complete.json").exists()
+    again = rlsp(*words, f"train.steps={done + 1}", f"output.dir={tmp_path}/out", cwd=home)
+    assert again.returncode == 0 and f"step {done + 1}/{done + 1}" in again.stdout, again.stderr[-3000:]
+    assert [r["step"] for r in rows(tmp_path / "out" / "metrics.jsonl")] == list(range(1, done + 2))
+
+
+# --- mistakes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("train.bach_size=8", ("train.bach_size", "train.batch_size")),
+        ("train.mini_batch_size=3", ("train.mini_batch_size = 3", "train.batch_size = 8")),
+        ("train.steps=many", ("train.steps", "many")),
+        ("algorithm.lam=1.5", ("algorithm.lam", "1.5")),
+        ("data.train=nowhere.jsonl", ("nowhere.jsonl",)),
+        ("data.answer_key=solutoin", ("solutoin", "answer")),
+        ("data.prompt_key=question", ("question", "problem")),
+        ("model.path=./no/such/model", ("model.path", "./no/such/model")),
+        ("model.path=nobody/no-such-model", ("model.path", "nobody/no-such-model")),
+        ("data.max_prompt_length=2", ("data.max_prompt_length",)),
+        ("rollout.max_response_length=1000", ("rollout.max_response_length", "1032")),
+        ("model.attention=flash_attn", ("model.attention",)),
+        ("reward.function=mine.py:compute_score", ("reward.function", "mine.py")),
+        ("rollout.tensor_parallel_size=2", ("rollout.tensor_parallel_size",)),
+    ],
+)
+def test_a_mistake_gets_one_message_that_names_it(home, tmp_path, override, parts):
+    extra = ["train.max_tokens_per_micro_batch=2000"] if "1000" in override else []
+    done = rlsp("train", "recipe.toml", override, *extra, f"output.dir={tmp_path}/out", cwd=home)
+    refused(done, *parts)
+
+
+def test_an_unknown_recipe_is_named_with_the_nearest(tmp_path):
+    refused(rlsp("run", "demmo", cwd=tmp_path), "demmo", "demo")
+
+
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        ("", ("empty",)),
+        ('{"problem": "1 + 1", "answer": ""}\n', ("answer", "1")),
+        ('{"problem": "1 + 1", "answer": "2"}\n{"problem": "1 + 2"}\n', ("answer", "2")),
+        ('{"problem": "1 + 1", "answer": "2"}\nnot json\n', ("2",)),
+    ],
+    ids=["empty file", "empty answer", "no answer", "not JSON"],
+)
+def test_a_bad_problem_file_is_named_with_the_line(home, tmp_path, content, parts):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    refused(rlsp("train", "recipe.toml", f"data.train={path}", f"output.dir={tmp_path}/out", cwd=home), "bad.jsonl", *parts)
+
+
+def test_more_ranks_than_responses_is_refused_before_anything_loads(home, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "rlsp_fast",
+            "train", "recipe.toml", "train.batch_size=1", "train.mini_batch_size=1", f"output.dir={tmp_path}/out",
+        ],
+        cwd=home, env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("rlsp: ") == 1 and "train.batch_size = 1 problems for 2 ranks" in done.stderr
+
+
+def test_a_folder_with_a_run_is_refused_when_resuming_is_off(home, tmp_path):
+    words = ("train", "recipe.toml", "train.steps=1", "data.validation=[]", f"output.dir={tmp_path}/out")
+    assert rlsp(*words, cwd=home).returncode == 0
+    refused(rlsp(*words, "output.resume=never", cwd=home), "output.resume", "output.dir")
+
+
+def test_weights_that_are_not_the_trainers_stop_the_run_with_what_was_seen(home, tmp_path):
+    done = rlsp(
+        "train", "recipe.toml", "rollout.max_probs_diff=1e-12", "data.validation=[]", f"output.dir={tmp_path}/out", cwd=home
+    )
+    refused(done, "rollout.max_probs_diff", "step 1", code=3)
+
+
+def test_importing_the_kernels_needs_nothing_of_the_trainer():
+    code = "import sys, rlsp_kernels; print(sorted(m for m in sys.modules if m.split('.')[0] in ('rlsp_fast', 'vllm', 'transformers')))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
