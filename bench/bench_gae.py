@@ -14,20 +14,16 @@ installed:
 """
 
 import argparse
-import csv
 import logging
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rlsp_kernels.packed_gae import backend_report, packed_gae, packed_gae_torch
+from rows import append, origin
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "gae.csv"
 BYTES_A_TOKEN = 17
 LONGEST_LOOP = 131072  # a Python loop takes seconds there
 
@@ -125,14 +121,6 @@ def measure(calls: dict[str, Callable[[], object]], device: str, repeats: int) -
     return times
 
 
-def device_name(device: str) -> str:
-    """GPU or CPU model."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{models[0]} ({torch.get_num_threads()} threads)" if models else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -142,9 +130,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the definition breaks its graph where it looks at shapes
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-
     rows = []
     for S, L in CASES:
         if S * L > args.most_tokens:
@@ -159,20 +144,14 @@ def main() -> None:
             gb_per_s, share = BYTES_A_TOKEN * S * L / median[name] / 1e3, median["copy"] / median[name]
             faster = f"{loops[0] / median[name]:.1f}" if loops else ""
             print(f"{name:15}{median[name]:12.1f}{low:12.1f}{high:12.1f}{gb_per_s:9.2f}{share:9.1%}{faster:>13}")
-            rows.append([
-                commit, device_name(args.device), torch.__version__, S, L, name, f"{median[name]:.1f}", f"{low:.1f}",
-                f"{high:.1f}", f"{gb_per_s:.2f}", f"{share:.3f}", faster,
-            ])  # fmt: skip
-
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            names = "commit device torch sequences tokens_each provider median_us p20_us p80_us gb_per_s of_copy"
-            writer.writerow([*names.split(), "loop_over_this"])
-        writer.writerows(rows)
-    print(f"\nappended to {RESULTS}")
+            times_us = {"median_us": median[name], "p20_us": low, "p80_us": high}
+            rows.append(
+                origin()
+                | {"threads": args.threads, "sequences": S, "tokens_each": L, "provider": name}
+                | {key: f"{number:.1f}" for key, number in times_us.items()}
+                | {"gb_per_s": f"{gb_per_s:.2f}", "of_copy": f"{share:.3f}", "loop_over_this": faster}
+            )
+    print(f"\nappended to {append('gae', rows)}")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def demo() -> str:
         lines.append(f"| {r['seed']} | {before} | {sft} | {rl} | {gained} | {r['tokens_after_sft']} → {r['tokens_after_rl']} |")
     r = rows[0]
     lines += ["", f"Accuracy on {r['problems']} held-out problems, one response each at temperature 0.7. {where(r)}"]
-    lines += [
-        f"Largest mean difference between engine and trainer probabilities at any step: {max(float(r['worst_probs_diff']) for r in rows):.1e}. `python bench/bench_demo.py`"
-    ]
+    worst = max(float(r["worst_probs_diff"]) for r in rows)
+    lines += [f"Largest mean probability difference between engine and trainer at any step: {worst:.1e}."]
+    lines += ["`python bench/bench_demo.py`"]
     return "\n".join(lines)
 
 
@@ -75,10 +75,15 @@ def packing() -> str:
         return "Packing against padding: not measured."
     packed, padded = rows["packed"], rows["padded"]
     ratio = int(packed["tokens_per_s"]) / int(padded["tokens_per_s"])
-    return (
-        f"Training on GSM8K's lengths, packed {int(packed['tokens_per_s']):,} and padded {int(padded['tokens_per_s']):,} tokens a "
-        f"second: {ratio:.2f}x ({100 * float(padded['padding_share']):.0f} % of the padded batch is padding). {where(packed)} "
-        f"`python bench/bench_packing.py`\n\nOn a GPU: not measured."
+    share = 100 * float(padded["padding_share"])
+    return "\n".join(
+        [
+            f"Training on GSM8K's lengths: packed {int(packed['tokens_per_s']):,} tokens a second, padded",
+            f"{int(padded['tokens_per_s']):,}: {ratio:.2f}x ({share:.0f} % of the padded batch is padding). {where(packed)}",
+            "`python bench/bench_packing.py`",
+            "",
+            "On a GPU: not measured.",
+        ]
     )
 
 

@@ -127,7 +127,7 @@ def check_size(expr: Expr) -> float:
             digits = n * log10(n + 1)
         case (_, *arguments):
             digits = sum(check_size(a) for a in arguments)
-    if False:
+    if digits > MAX_DIGITS:
         raise NotMath
     return digits
 

@@ -11,15 +11,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rlsp_fast.config import ConfigError
 
+_ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_set_alone = False
+
 
 def setup(timeout_s: float = 1800) -> torch.device:
     """Joins the process group (a group of one without torchrun) and returns this rank's device."""
+    global _set_alone
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ.update(alone)
+        os.environ.update(zip(_ALONE, ("0", "0", "1", "127.0.0.1", str(port)), strict=True))
+        _set_alone = True
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -32,8 +36,14 @@ def setup(timeout_s: float = 1800) -> torch.device:
 
 
 def cleanup() -> None:
+    """Leaves the process group, and the environment as setup found it: a child process is no rank of ours."""
+    global _set_alone
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _set_alone:
+        for name in _ALONE:
+            os.environ.pop(name, None)
+        _set_alone = False
 
 
 def rank() -> int:

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,14 @@ def setup() -> None:
     datasets.disable_progress_bars()
     logger = logging.getLogger("rlsp_fast")
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.addHandler(_Terminal())
     logger.propagate = False
     logger.setLevel(logging.INFO if dist.rank() == 0 else logging.WARNING)
+
+
+class _Terminal(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 class Timer:

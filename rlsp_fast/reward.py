@@ -60,6 +60,10 @@ def length_code_exploration(text: str, c: float, minimum: float) -> float:
     return max(minimum, -c / length) if length else minimum
 
 
+class RewardError(ValueError):
+    """A reward that cannot be computed as configured; the message names the key or the problem."""
+
+
 class Scorer:
     """Scores rollouts as `reward.*` says. Use as a context manager: it owns the verifier's processes.
 
@@ -71,7 +75,7 @@ class Scorer:
     def __init__(self, config: RewardConfig):
         """
         Raises:
-            ValueError: naming `reward.function` when it cannot be loaded.
+            RewardError: naming `reward.function` when it cannot be loaded.
         """
         self._config = config
         self._function = load_function(config.function) if config.function is not None else None
@@ -99,7 +103,7 @@ class Scorer:
         try:
             verdict = self._verifier.submit(rollout.text, rollout.problem.answer)
         except ValueError as error:
-            raise ValueError(f"{_at(rollout.problem)}: {error}") from None
+            raise RewardError(f"{_at(rollout.problem)}: {error}") from None
         verdict.add_done_callback(lambda done: self._finish(done, rollout, scored))
         return scored
 
@@ -151,14 +155,14 @@ def load_function(where: str) -> Callable[..., Any]:
     """The function that `path/to/file.py:compute_score` names.
 
     Raises:
-        ValueError: when there is no such file or function, or it does not take verl's four arguments.
+        RewardError: when there is no such file or function, or it does not take verl's four arguments.
     """
     path_text, colon, name = where.rpartition(":")
     path = Path(path_text)
     if not colon or not name or path.suffix != ".py":
-        raise ValueError(f"reward.function = {where!r}: want path/to/file.py:compute_score")
+        raise RewardError(f"reward.function = {where!r}: want path/to/file.py:compute_score")
     if not path.is_file():
-        raise ValueError(f"reward.function = {where!r}: there is no file {path}")
+        raise RewardError(f"reward.function = {where!r}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in the file look their module up
@@ -168,12 +172,12 @@ def load_function(where: str) -> Callable[..., Any]:
         names = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.3) or names[:1]
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"reward.function = {where!r}: {path} has no function {name}{hint}")
+        raise RewardError(f"reward.function = {where!r}: {path} has no function {name}{hint}")
     try:
         inspect.signature(function).bind(data_source="", solution_str="", ground_truth="", extra_info={})
     except TypeError as error:
         wanted = f"{name}(data_source, solution_str, ground_truth, extra_info)"
-        raise ValueError(f"reward.function = {where!r}: want {wanted}, but {error}") from None
+        raise RewardError(f"reward.function = {where!r}: want {wanted}, but {error}") from None
     return function
 
 
@@ -182,7 +186,7 @@ def _score_of(returned: object, where: str) -> Score:
     parts = returned if isinstance(returned, Mapping) else {"score": returned}
     score = parts.get("score")
     if not isinstance(score, Real) or not math.isfinite(score):
-        raise ValueError(f"{where}: want a finite number, or a dict with one as `score`, got {str(returned)[:100]}")
+        raise RewardError(f"{where}: want a finite number, or a dict with one as `score`, got {str(returned)[:100]}")
     correct = parts.get("acc", parts.get("correct"))
     return Score(
         reward=float(score),

@@ -372,8 +372,8 @@ def check_context(config: Config) -> None:
     wanted = config.data.max_prompt_length + config.rollout.max_response_length
     if context is not None and wanted > context:
         raise ConfigError(
-            f"data.max_prompt_length + rollout.max_response_length = {wanted} tokens, but the context of {config.model.path} is "
-            f"{context}: lower one of them"
+            f"data.max_prompt_length + rollout.max_response_length = {wanted} tokens, but the context of "
+            f"{config.model.path} is {context}: lower one of them"
         )
 
 
@@ -395,7 +395,7 @@ def _stop_signals() -> Iterator[list[int]]:
         if len(received) > 1:
             os._exit(128 + number)
         if dist.rank() == 0:
-            logs.console.print("stopping after this step; once more to stop at once (losing the steps since the last save)")
+            logs.console.print("stopping after this step; once more to stop at once, losing the steps since the last save")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

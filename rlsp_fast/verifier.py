@@ -336,6 +336,10 @@ class Verifier:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+class RowError(ValueError):
+    """A file of responses that cannot be graded; the message names the file and the line."""
+
+
 def verify_file(
     path: str, out: str | None = None, mode: Mode = "strict", timeout_s: float = 5.0, workers: int = 2
 ) -> dict[str, int]:
@@ -350,10 +354,10 @@ def verify_file(
         How many rows got each verdict. Also printed: on standard output, or on standard error if the rows are there.
 
     Raises:
-        ValueError: for a row that is not such a row (naming file and line), or an `out` that is the input.
+        RowError: for a row that is not such a row (naming file and line), or an `out` that is the input.
     """
     if out not in (None, "-") and path != "-" and Path(out).resolve() == Path(path).resolve():
-        raise ValueError(f"{out} is the input: write the graded rows to another file")
+        raise RowError(f"{out} is the input: write the graded rows to another file")
     counts = Counter({v: 0 for v in ("correct", "wrong", "no_answer", "timeout", "error")})
     errors = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
@@ -389,7 +393,7 @@ def _open_rows(path: str) -> IO[str]:
     try:
         return open(path, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise RowError(f"{path}: {error.strerror}") from None
 
 
 def _rows(source: IO[str], path: str) -> Iterator[tuple[dict, str, str]]:
@@ -401,10 +405,10 @@ def _rows(source: IO[str], path: str) -> Iterator[tuple[dict, str, str]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+            raise RowError(f"{name}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("response"), str):
-            raise ValueError(f'{name}, line {number}: want {{"gold": ..., "response": "text"}}, got {line.strip()[:80]}')
+            raise RowError(f'{name}, line {number}: want {{"gold": ..., "response": "text"}}, got {line.strip()[:80]}')
         gold = row.get("gold")
         if isinstance(gold, bool) or not isinstance(gold, (str, int, float)) or not gold_answer(str(gold)):
-            raise ValueError(f"{name}, line {number}: want a gold answer (text or a number), got {json.dumps(gold)}")
+            raise RowError(f"{name}, line {number}: want a gold answer (text or a number), got {json.dumps(gold)}")
         yield row, row["response"], str(gold)

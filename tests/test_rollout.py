@@ -238,7 +238,7 @@ def test_two_ranks_train_with_vllm_in_parity(tiny, tmp_path, tensor_parallel):
         loggers = []
         """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "-m", "rlsp_fast", "train", str(recipe)],
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=400,

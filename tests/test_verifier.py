@@ -190,6 +190,8 @@ HOSTILE = {
     "zero over zero": r"\frac{x-x}{x-x} \cdot 5",
     "infinity minus infinity": r"5+\infty-\infty",
     "floor of much": r"\lfloor 10^{3000}\pi \rfloor - \lfloor 10^{3000}\pi \rfloor + 6",
+    "floor of more than can be computed": r"\lfloor 10^{3000}\pi \rfloor",
+    "sine of a huge number": r"\sin(10^{3000})",
     "integral without a form": r"\int_0^1 e^{x^2} dx",
     "hedge": "4, 5 or 6",
     "interval around it": "(4,6)",

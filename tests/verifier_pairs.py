@@ -157,7 +157,7 @@ PAIRS: dict[str, list[tuple[str, list[str], list[str]]]] = {
         (r"2\pi", [r"2 \pi", "2π", "2*pi", r"\pi \cdot 2", r"\frac{4\pi}{2}", "pi+pi"],
          ["6.28", r"\pi^2", "2", "6.283185307179586"]),
         (r"\pi(R^2-r^2)", [r"\pi R^2 - \pi r^2", r"\pi (R-r)(R+r)"], [r"\pi(r^2-R^2)", r"\pi R^2", "0"]),
-        (r"\sqrt{5+2\sqrt{6}}", [r"\sqrt2+\sqrt3", r"\sqrt{3} + \sqrt{2}"], [r"\sqrt5", r"\sqrt{5}+\sqrt{2\sqrt6}"]),
+        (r"\sqrt{5+2\sqrt{6}}", [r"\sqrt2+\sqrt3", r"\sqrt{3} + \sqrt{2}"], [r"\sqrt5", r"\sqrt2+\sqrt3+10^{-60}"]),
         ("3+4i", ["4i+3", "3 + 4i", r"3+4\sqrt{-1}"], ["3-4i", "4+3i", "7i", "5"]),
         (r"\frac{x+2}{7}", [r"\frac{x}{7}+\frac{2}{7}", "(x+2)/7", r"\frac17(x+2)"], ["x+2/7", r"\frac{x+7}{2}"]),
         (r"\sin^2 x", [r"1-\cos^2 x", r"(\sin x)^2", r"\sin^2(x)", r"\frac{1-\cos 2x}{2}"],
