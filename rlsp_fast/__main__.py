@@ -122,8 +122,9 @@ def _demo(args: argparse.Namespace) -> int:
     ]
     config = configs.load(name, places + args.overrides)
     if not args.dry_run:
-        from rlsp_fast import demo
+        from rlsp_fast import demo, log
 
+        log.setup()
         demo.prepare(folder, config)
     return _go(config, args.dry_run, sft=True, rl=True)
 

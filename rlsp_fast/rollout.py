@@ -7,6 +7,7 @@ vLLM runs inside the training process under torchrun's `external_launcher`: one 
 import importlib.util
 import logging
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,10 @@ def _why_no_vllm() -> str | None:
 
 
 def _vllm_environment() -> None:
-    """Variables that vLLM reads at import; a user's own setting wins."""
+    """Variables that vLLM reads at import, and its chatter off; a user's own setting wins."""
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # what it logs before it has read the variable
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: weights are handed over by reference
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads would starve the trainer's own
@@ -180,6 +184,7 @@ class VLLMEngine:
             generation_config="vllm",  # a model's own top_k or repetition penalty would change that distribution
             seed=config.train.seed,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **options,
         )
         torch.set_num_threads(num_threads)  # vLLM's CPU worker sets its own

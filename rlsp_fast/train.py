@@ -1,5 +1,6 @@
 """The main job: evaluate, SFT, evaluate, PPO with RLSP's reward, evaluate. One step of RL reads top to bottom in `rl_step`."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -61,6 +62,7 @@ class _Run:
         self.folder = Path(config.output.dir)
         self.mesh = dist.mesh(device, config.train.fsdp_shard_size)
         check_ranks(config)
+        check_loggers(config)
         self.tokenizer = model.load_tokenizer(config.model.path)
         check_context(config)
         self.sft_path = self.folder / "sft" / "huggingface"
@@ -193,6 +195,7 @@ class _Run:
     def _rl(self, policy: Policy, engine: Engine, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
         config = self.config
         a, t, total = config.algorithm, config.train, config.train.steps
+        engine.sleep()  # critic and reference are built where its KV cache was
         ref_path = str(self.sft_path) if self.with_sft else config.model.path
         updates = t.epochs * t.batch_size // t.mini_batch_size
         actor_steps = max(1, total - t.critic_warmup_steps) if a.advantage == "gae" else total
@@ -207,8 +210,7 @@ class _Run:
             ref = model.build(Policy, config.model, ref_path, self.device, self.mesh).requires_grad_(False)
         if self.rl_step_done:
             checkpoint.load(self.folder, self.rl_step_done, trained)
-            engine.sleep()
-            sync.push(policy, engine, model.DTYPES[config.model.dtype])
+        sync.push(policy, engine, model.DTYPES[config.model.dtype])
         ppo = PPO(config, policy, actor_optimizer, critic, critic_optimizer, ref, self.device)
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), self.rl_step_done) as run_log:
@@ -364,6 +366,13 @@ def check_ranks(config: Config) -> None:
             f"train.batch_size = {config.train.batch_size} problems for {dist.world_size()} ranks: each rank generates for at "
             f"least one; raise it or start fewer ranks"
         )
+
+
+def check_loggers(config: Config) -> None:
+    """Refuses a logger whose package is missing."""
+    for name in config.output.loggers or ():
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"output.loggers names {name}, which is not installed: pip install {name}")
 
 
 def check_context(config: Config) -> None:

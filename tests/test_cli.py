@@ -235,6 +235,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(home, tmp_path):
         ("rollout.max_response_length=1000", ("rollout.max_response_length", "1032")),
         ("model.attention=flash_attn", ("model.attention",)),
         ("reward.function=mine.py:compute_score", ("reward.function", "mine.py")),
+        ("output.loggers=wandb", ("output.loggers", "pip install wandb")),
         ("rollout.tensor_parallel_size=2", ("rollout.tensor_parallel_size",)),
     ],
 )

@@ -95,7 +95,8 @@ double error(const Problem& p, bool poisoned) {
       if (p.mask[t]) {
         reward = p.token_reward ? p.token_reward[t] : 0;
         const double r = p.kl_kind ? double(p.ref_logprob[t]) - p.old_logprob[t] : 0;
-        reward -= p.kl_coef * (p.kl_kind == kK1 ? -r : p.kl_kind == kK2 ? r * r / 2 : p.kl_kind == kK3 ? std::exp(r) - 1 - r : 0);
+        const double kl[] = {0, -r, r * r / 2, std::exp(r) - 1 - r};
+        reward -= p.kl_coef * kl[p.kl_kind];
         if (last) reward += p.terminal_reward[s];
         for (int j = 0; j < kLambdas; ++j) {
           const double lam = j == 0 && p.lam_per_sequence ? p.lam_per_sequence[s] : p.lam[j];
@@ -149,8 +150,8 @@ bool check(const Case& c, const std::string& device, KLKind kind, int tiles_per_
   else on_cuda<kLambdas>(p, tiles_per_block);
   const double worst = error<kLambdas>(p, c.poison >= 0);
   const bool good = worst < (cpu ? 1.5e-7 : 4e-6); // CPU: one rounding to float32. CUDA: about 25 in a row, and expm1f
-  std::printf("%s %s, %d lambdas, kl %d, %d tiles a block: error %.1e %s\n", good ? "ok  " : "FAIL", c.name, kLambdas, int(kind),
-              tiles_per_block, worst, cpu ? "(cpu)" : "(cuda)");
+  std::printf("%s %s, %s: %d lambdas, kl %d, %d tiles a block: error %.1e\n", good ? "ok  " : "FAIL", device.c_str(), c.name,
+              kLambdas, int(kind), tiles_per_block, worst);
   return good;
 }
 
