@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rlsp_fast import __version__
 from rlsp_fast import config as configs
+from rlsp_fast.reward import RewardError
 
 _EPILOG = """\
 Settings are a recipe (a TOML or YAML file, or the name of a shipped one) and dotted.key=value overrides:
-  rlsp run demo train.steps=20 output.dir=outputs/short
-  torchrun --nproc-per-node 8 -m rlsp_fast run llama-3.1-8b-math model.path=/models/Llama-3.1-8B-Instruct
+  rlsp demo train.steps=20
+  torchrun --nproc-per-node 8 -m rlsp_fast run llama-3.1-8b-math-paper model.path=/models/Llama-3.1-8B-Instruct
 `rlsp config` lists every key. --dry-run prints the resolved config and stops.
 """
 
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.verb(args)
     except KeyboardInterrupt:
         return 130
-    except ValueError as error:  # every mistake of a user is a ValueError of ours; a bug's traceback must stay visible
+    except RewardError as error:  # of one response, so of one rank
+        return _fail(str(error), 2, every_rank=True)
+    except ValueError as error:  # every other mistake of a user is a ValueError of ours; a bug's traceback must stay visible
         if not type(error).__module__.startswith("rlsp_fast"):
             raise
         return _fail(str(error), 2)
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb("demo", _demo, "train a small transformer from scratch on this machine, a CPU will do")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the demo recipe")
     demo.add_argument("--seed", type=int, default=0, help="of model, demonstrations, order and sampling (default 0)")
-    demo.add_argument("--full", action="store_true", help="the longer recipe: more steps, more problems")
+    demo.add_argument("--full", action="store_true", help="the longer recipe: more steps of SFT and RL")
     demo.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     report = verb("report", _report, "print the table and redraw the curves of a finished or running run")
     report.add_argument("dir", type=Path, help="the run's output.dir")
@@ -79,7 +82,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stages(*, sft: bool, rl: bool) -> object:
     def go(args: argparse.Namespace) -> int:
-        return _go(configs.load(args.recipe, args.overrides), args.dry_run, sft=sft, rl=rl)
+        config = configs.load(args.recipe, args.overrides)
+        if sft and not rl and not config.wants_sft:
+            raise configs.ConfigError("sft.steps and sft.epochs are 0: set one of them")
+        if rl and not config.train.steps and not (sft and config.wants_sft):
+            raise configs.ConfigError("train.steps is 0: there is nothing to train")
+        return _go(config, args.dry_run, sft=sft, rl=rl and config.train.steps > 0)
 
     return go
 
@@ -101,7 +109,7 @@ def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
         train.run(config, with_sft=sft, with_rl=rl)
     except train.Interrupted as stop:
         return _fail(str(stop), 130)
-    except sync.StaleWeightsError as error:
+    except (sync.StaleWeightsError, train.DivergedError) as error:
         return _fail(str(error), 3)
     finally:
         dist.cleanup()
@@ -112,7 +120,6 @@ def _demo(args: argparse.Namespace) -> int:
     name = "demo-full" if args.full else "demo"
     folder = Path("outputs") / (name if args.seed == 0 else f"{name}-seed{args.seed}")
     places = [
-        f"train.seed={args.seed}",
         f"model.path={folder / 'start'}",
         f"data.train={folder / 'problems.jsonl'}",
         f"data.validation={folder / 'held_out.jsonl'}",
@@ -120,12 +127,15 @@ def _demo(args: argparse.Namespace) -> int:
         f"sft.validation={folder / 'demonstrations_validation.jsonl'}",
         f"output.dir={folder / 'run'}",
     ]
-    config = configs.load(name, places + args.overrides)
+    config = configs.load(name, [*places, *args.overrides, f"train.seed={args.seed}"])
     if not args.dry_run:
-        from rlsp_fast import demo, log
+        from rlsp_fast import demo, dist, log
 
+        dist.setup()
         log.setup()
-        demo.prepare(folder, config)
+        if dist.rank() == 0:
+            demo.prepare(folder, config)
+        dist.barrier()
     return _go(config, args.dry_run, sft=True, rl=True)
 
 
@@ -158,10 +168,12 @@ def _config(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    """One message, from the first rank of each node: every rank found the same mistake."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"rlsp: {message}", file=sys.stderr, flush=True)
+def _fail(message: str, code: int, *, every_rank: bool = False) -> int:
+    """One message: from the first rank of each node, since all found the same mistake, or from the rank it happened on."""
+    rank = os.environ.get("RANK", "0")
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        where = f" (rank {rank})" if every_rank and rank != "0" else ""
+        print(f"rlsp: {message}{where}", file=sys.stderr, flush=True)
     return code
 
 

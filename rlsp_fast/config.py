@@ -40,8 +40,7 @@ class ModelConfig(_Section):
 
 class DataConfig(_Section):
     train: tuple[str, ...] = ()
-    """Training problems: .jsonl, .json or .parquet files, `hf:NAME[:CONFIG][:SPLIT]`, or
-    `reasoning-gym:TASK?seed=0&size=1000&...`."""
+    """Training problems: .jsonl, .json, .parquet files, `hf:NAME[:CONFIG][:SPLIT]`, `reasoning-gym:TASK?seed=0&size=99&...`."""
     validation: tuple[str, ...] = ()
     """Held-out problems, same forms. Empty: no evaluation."""
     validation_size: Count = 0
@@ -85,8 +84,8 @@ class RolloutConfig(_Section):
     """No CUDA graphs and no torch.compile in vLLM: starts faster, decodes slower."""
     sleep_level: Literal[1, 2] = 2
     """While training: 1 keeps vLLM's weights in host memory, 2 drops them (they are pushed anew anyway)."""
-    max_probs_diff: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Stop when mean |probability in the engine - in the trainer| over a step's tokens passes this. Off when top_p < 1."""
+    max_probs_diff: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Limit of mean |probability in engine - in trainer| a step; unset: 0.001 (float32), 0.02 (bfloat16); off if top_p < 1."""
 
 
 class RewardConfig(_Section):
@@ -246,6 +245,11 @@ class Config(_Section):
             raise ValueError("data.train is empty: name the training problems, or set train.steps=0")
         if (self.sft.steps or self.sft.epochs) and not self.sft.train:
             raise ValueError("sft.train is empty: name the demonstrations, or set sft.steps=0 and sft.epochs=0")
+        if self.wants_sft and self.sft.max_length > self.train.max_tokens_per_micro_batch:
+            raise ValueError(
+                f"train.max_tokens_per_micro_batch = {self.train.max_tokens_per_micro_batch} cannot hold one demonstration of "
+                f"sft.max_length = {self.sft.max_length} tokens"
+            )
         if self.data.template is not None and "{problem}" not in self.data.template:
             raise ValueError(f"data.template must contain {{problem}}, got {self.data.template!r}")
         return self

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 import datasets
 import nvtx
+import torch
 import transformers
 from rich.console import Console
 
@@ -49,6 +49,8 @@ class Timer:
         start = time.perf_counter()
         with nvtx.annotate(phase, domain="rlsp_fast"):
             yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a phase ends when the device has done its work, not when it was asked to
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
@@ -67,10 +69,8 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if first_step > 0 and path.exists():  # a resumed run redoes the steps after its checkpoint
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.strip() and json.loads(line)["step"] <= first_step]
-            path.write_text("".join(line + "\n" for line in kept))
+        kept = [row for row in read_rows(path) if row["step"] <= first_step]  # the steps after its checkpoint are redone
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._metrics = path.open("a")
         if loggers is None:
             loggers = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
@@ -84,10 +84,10 @@ class RunLog:
             self._wandb = wandb.init(project="rlsp_fast", name=folder.name, dir=str(folder), config=dict(run_config))
 
     def write(self, step: int, stage: str, metrics: Mapping[str, float]) -> None:
-        """Appends one row; `stage` is sft, rl or eval and prefixes nothing."""
+        """Appends one row; `stage` is sft or rl. TensorBoard gets sft's metrics under `sft/`."""
         if not self.main:
             return
-        values = {name: value for name, value in metrics.items() if value is not None and not math.isnan(value)}
+        values = dict(metrics)
         self._metrics.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
         self._metrics.flush()
         if self._tensorboard is not None:
@@ -95,33 +95,6 @@ class RunLog:
                 self._tensorboard.add_scalar(f"sft/{name}" if stage == "sft" else name, value, step)
         if self._wandb is not None:
             self._wandb.log({f"{stage}_step": step, **values})
-
-    def rollouts(self, name: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> None:
-        """Writes this rank's share gathered from all ranks to rollouts/<name>.jsonl, one response a line."""
-        records = [
-            {
-                "source": r.problem.source,
-                "index": r.problem.index,
-                "sample": r.sample,
-                "input": r.problem.messages[-1]["content"],
-                "output": r.text,
-                "gts": r.problem.answer,
-                "reward": s.reward,
-                "outcome": s.outcome,
-                "exploration": s.exploration,
-                "correct": s.correct,
-                "verdict": s.verdict,
-                "num_tokens": len(r.response_ids),
-                "finish": r.finish,
-            }
-            for r, s in zip(rollouts, scores, strict=True)
-        ]
-        parts = dist.gather_objects(records)
-        if not self.main:
-            return
-        path = self.folder / "rollouts" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for part in parts for record in part))
 
     def line(self, text: str) -> None:
         if self.main:
@@ -138,6 +111,42 @@ class RunLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def write_rollouts(folder: Path, name: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> None:
+    """Writes the responses of all ranks to rollouts/<name>.jsonl, one a line. Every rank calls it."""
+    records = [
+        {
+            "source": r.problem.source,
+            "index": r.problem.index,
+            "sample": r.sample,
+            "input": r.problem.messages[-1]["content"],
+            "output": r.text,
+            "gts": r.problem.answer,
+            "reward": s.reward,
+            "outcome": s.outcome,
+            "exploration": s.exploration,
+            "correct": s.correct,
+            "verdict": s.verdict,
+            "num_tokens": len(r.response_ids),
+            "finish": r.finish,
+        }
+        for r, s in zip(rollouts, scores, strict=True)
+    ]
+    parts = dist.gather_objects(records)
+    if dist.rank() != 0:
+        return
+    path = folder / "rollouts" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for part in parts for record in part))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that a run appends to; a last line cut short by a kill is left out. No file: no rows."""
+    if not path.exists():
+        return []
+    *whole, rest = path.read_text().split("\n")  # what follows the last line break was never finished
+    return [json.loads(line) for line in whole if line.strip()]
 
 
 def clock(seconds: float) -> str:

@@ -203,6 +203,8 @@ def _load_causal_lm(path: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: other shapes, a cut file
         raise ModelError(f"model.path = {path!r}: cannot load the weights ({_first_line(error)})") from None
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        raise ModelError(f"model.path = {path!r}: a mixture of experts is not supported, only dense decoders")
     for module in lm.modules():  # PPO compares log-probabilities of two passes: they must be the same function
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -212,9 +214,11 @@ def _load_causal_lm(path: str) -> PreTrainedModel:
 
 
 def _existing(path: str) -> str:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = path.startswith((".", "/", "~", "outputs/")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().exists():
-        raise ModelError(f"model.path = {path!r}: no such folder")
+        raise ModelError(
+            f"model.path = {path!r}: no such folder (`rlsp demo` makes the demo's, `rlsp import-gguf` a GGUF model's)"
+        )
     return str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
 
 
@@ -282,13 +286,22 @@ class Critic(_Packed):
         return (self.hidden(batch).float() @ head.weight.float()[0]) + head.bias.float()
 
 
-def build(kind: type[Policy] | type[Critic], config: ModelConfig, path: str, device: torch.device, mesh: DeviceMesh) -> Any:
+def build(
+    kind: type[Policy] | type[Critic],
+    config: ModelConfig,
+    path: str,
+    device: torch.device,
+    mesh: DeviceMesh,
+    *,
+    trained: bool = True,
+) -> Any:
     """Loads a Policy or Critic and shards it: float32 master weights, compute in config.dtype, reductions in float32.
 
     Args:
         kind: Policy or Critic.
         path: Hugging Face folder or hub name (config.path, or an SFT checkpoint).
         mesh: dist.mesh(...).
+        trained: False for a frozen reference: no gradients, and its weights are held in config.dtype.
     Raises:
         ModelError: naming the path and what is wrong with it.
     """
@@ -307,7 +320,8 @@ def build(kind: type[Policy] | type[Critic], config: ModelConfig, path: str, dev
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
-    return module.to(device).float()  # sharded first: only this rank's share is ever float32
+    module.requires_grad_(trained)
+    return module.to(device).to(torch.float32 if trained else dtype)  # sharded first: float32 is this rank's share alone
 
 
 def _decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:

@@ -1,6 +1,5 @@
 """What a run amounts to: a table of the evaluations, the paths of what was written, and a plot of the curves."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,15 @@ from rich.table import Table
 
 from rlsp_fast import dist
 from rlsp_fast.config import Config
-from rlsp_fast.log import console
+from rlsp_fast.log import console, read_rows
 
 
 def write_report(folder: Path, config: Config) -> None:
     """Prints the table and writes report.md and curves.png into the run's folder. Rank 0 only."""
     if dist.rank() != 0:
         return
-    evaluations = latest(_rows(folder / "eval.jsonl"))
-    steps = [row for row in _rows(folder / "metrics.jsonl") if row["stage"] == "rl"]
+    evaluations = latest(read_rows(folder / "eval.jsonl"))
+    steps = [row for row in read_rows(folder / "metrics.jsonl") if row["stage"] == "rl"]
     paths = {
         "config": folder / "config.toml",
         "SFT checkpoint": folder / "sft" / "huggingface",
@@ -96,10 +95,6 @@ def _markdown(evaluations: list[dict[str, Any]], paths: dict[str, Path], config:
     if "curves" in paths:
         lines += ["", "![curves](curves.png)"]
     return "\n".join(lines) + "\n"
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
 
 
 def _step_of(path: Path) -> int:

@@ -38,13 +38,13 @@ def train(
     *,
     first_step: int,
     device: torch.device,
-    after_step: Callable[[int], None],
+    after_step: Callable[[int, dict[str, float]], None],
 ) -> None:
     """Minimises the mean negative log-probability of response tokens; prompts carry no loss.
 
     Args:
         first_step: steps already done.
-        after_step: called with the number of steps done; saves, or raises to stop.
+        after_step: called with the number of steps done and the step's metrics; saves, or raises to stop.
     """
     sft, total = config.sft, num_steps(config, len(demonstrations))
     every = max(1, total // 10)  # progress lines and validation losses
@@ -71,7 +71,7 @@ def train(
             val = f" · val loss {metrics['val_loss']:.3f}" if "val_loss" in metrics else ""
             speed = metrics["throughput"] * dist.world_size()
             log.line(f"sft {done}/{total} · {left} left · loss {metrics['loss']:.3f}{val} · {speed:,.0f} tok/s")
-        after_step(done)
+        after_step(done, metrics)
 
 
 @torch.no_grad()

@@ -3,18 +3,22 @@
 import importlib.util
 import json
 import logging
+import math
 import os
 import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import torch
+from rlsp_kernels.packed_gae import backend_report
+from transformers import PreTrainedTokenizerBase
 
 from rlsp_fast import checkpoint, data, dist, model, sft, sync
 from rlsp_fast import log as logs
@@ -33,6 +37,10 @@ from rlsp_fast.types import Rollout, Score
 log = logging.getLogger(__name__)
 
 
+class DivergedError(RuntimeError):
+    """A loss or a gradient norm that is no number any more."""
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the state is saved, the message says where and how to go on."""
 
@@ -40,74 +48,116 @@ class Interrupted(Exception):
 # --- the run ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far the run in a folder has come, as its files say; the same on every rank."""
+
+    sft_steps: int
+    """Of the newest complete SFT checkpoint; 0 without one."""
+    sft_done: bool
+    """The SFT stage wrote its Hugging Face folder."""
+    rl_steps: int
+    """Of the newest complete RL checkpoint; 0 without one."""
+    evaluated: frozenset[tuple[str, int]]
+    """(stage, step) of each evaluation in eval.jsonl."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        found = cls(
+            sft_steps=max(checkpoint.complete(folder / "sft"), default=0),
+            sft_done=(folder / "sft" / "huggingface" / "config.json").exists(),
+            rl_steps=max(checkpoint.complete(folder), default=0),
+            evaluated=frozenset((row["stage"], row["step"]) for row in logs.read_rows(folder / "eval.jsonl")),
+        )
+        return dist.gather_objects(found)[0]  # rank 0's word, should another node's file system lag
+
+    @property
+    def started(self) -> bool:
+        return bool(self.sft_steps or self.sft_done or self.rl_steps)
+
+
 def run(config: Config, *, with_sft: bool, with_rl: bool) -> Path:
     """Runs the stages asked for and returns the output folder. Continues a run that was cut short.
+
+    Without either stage, model.path is evaluated on data.validation, whatever the folder holds.
 
     Raises:
         ConfigError, DataError, ModelError, EngineError: before any training, for a user's mistake.
         StaleWeightsError: when the engine does not hold the trained weights.
+        DivergedError: when a loss or gradient norm is not finite.
         Interrupted: after Ctrl-C, with everything saved.
     """
     device = dist.setup()
     logs.setup()
+    if not (with_sft or with_rl):
+        return _evaluate_only(config, device)
     with _stop_signals() as stop:
         return _Run(config, device, stop, with_sft=with_sft, with_rl=with_rl).go()
 
 
+def _evaluate_only(config: Config, device: torch.device) -> Path:
+    folder = Path(config.output.dir)
+    _make_folder(folder)
+    check_context(config)
+    tokenizer = model.load_tokenizer(config.model.path)
+    problems = _problems(config, config.data.validation, "held-out", tokenizer)[: config.data.validation_size or None]
+    with Scorer(config.reward) as scorer, closing(make_engine(config, config.model.path, tokenizer, device)) as engine:
+        result, rollouts, scores = evaluate(engine, scorer, problems, _sampling(config, n=1, seed=_eval_seed(config)))
+    _record(folder, "evaluation", 0, result, rollouts, scores)
+    write_report(folder, config)
+    return folder
+
+
 class _Run:
+    """The stages of one run. The constructor checks what can be checked before anything is loaded."""
+
     def __init__(self, config: Config, device: torch.device, stop: list[int], *, with_sft: bool, with_rl: bool):
-        self.config, self.device, self.stop = config, device, stop
-        self.with_rl = with_rl and config.train.steps > 0
-        self.with_sft = with_sft and config.wants_sft
+        self.config, self.device, self.stop, self.with_rl = config, device, stop, with_rl
         self.folder = Path(config.output.dir)
+        self.sft_path = self.folder / "sft" / "huggingface"
         self.mesh = dist.mesh(device, config.train.fsdp_shard_size)
+        self.dtype = model.DTYPES[config.model.dtype]
         check_ranks(config)
         check_loggers(config)
+        if with_rl or config.data.validation:
+            check_context(config)
+        if device.type == "cuda":
+            check_kernels()
+        _make_folder(self.folder)
+        self.progress = Progress.read(self.folder)
+        self.with_sft = with_sft and config.wants_sft and not self.progress.sft_done
+        check_resume(config, self.folder, self.progress)
         self.tokenizer = model.load_tokenizer(config.model.path)
-        check_context(config)
-        self.sft_path = self.folder / "sft" / "huggingface"
-        self.rl_step_done = max(checkpoint.complete(self.folder), default=0)
-        self.sft_done = self.with_sft and (self.sft_path / "config.json").exists()
-        self._check_folder()
 
     def go(self) -> Path:
-        config = self.config
-        train = self._problems(config.data.train, "training") if self.with_rl else []
-        held_out = self._problems(config.data.validation, "held-out")
+        config, progress = self.config, self.progress
+        train = _problems(config, config.data.train, "training", self.tokenizer) if self.with_rl else []
+        held_out = _problems(config, config.data.validation, "held-out", self.tokenizer)
         held_out = held_out[: config.data.validation_size or None]
-        demonstrations = self._demonstrations(config.sft.train) if self.with_sft and not self.sft_done else []
-        demonstrations_val = self._demonstrations(config.sft.validation) if demonstrations else []
-        start_path = str(self.sft_path) if self.sft_done else config.model.path
-        needs_engine = self.with_rl or held_out
+        demonstrations = self._demonstrations(config.sft.train) if self.with_sft else []
+        demonstrations_val = self._demonstrations(config.sft.validation) if self.with_sft else []
+        start_path = str(self.sft_path) if progress.sft_done else config.model.path
         policy = model.build(Policy, config.model, start_path, self.device, self.mesh)
         with ExitStack() as stack:
             scorer = stack.enter_context(Scorer(config.reward))
             engine = None
-            if needs_engine:
+            if self.with_rl or held_out:
                 engine = make_engine(config, start_path, self.tokenizer, self.device)
                 stack.callback(engine.close)
-            if self.with_sft and not self.sft_done:
-                self._evaluate("before SFT", engine, scorer, held_out)
+            if dist.rank() == 0:  # everything loads: from here on this is the run in this folder
+                (self.folder / "config.toml").write_text(dump(config))
+            if self.with_sft:
+                self._evaluate("before SFT", 0, policy, engine, scorer, held_out)
                 self._sft(policy, engine, demonstrations, demonstrations_val)
                 if engine is not None:
-                    sync.push(policy, engine, model.DTYPES[config.model.dtype])
-            first = "after SFT" if self.with_sft else "before RL" if self.with_rl else "evaluation"
-            if self.rl_step_done == 0:
-                self._evaluate(first, engine, scorer, held_out)
+                    sync.push(policy, engine, self.dtype)
+            if progress.rl_steps == 0:
+                after_sft = self.with_sft or progress.sft_done
+                self._evaluate("after SFT" if after_sft else "before RL", 0, policy, engine, scorer, held_out)
             if self.with_rl:
                 self._rl(policy, engine, scorer, train, held_out)
         write_report(self.folder, config)
         return self.folder
-
-    # --- preparation --------------------------------------------------------------------------
-
-    def _problems(self, sources: Sequence[str], what: str) -> list[Problem]:
-        if not sources:
-            return []
-        problems, dropped = data.render(data.load_problems(sources, self.config.data), self.tokenizer, self.config.data)
-        note = f", {dropped} over data.max_prompt_length = {self.config.data.max_prompt_length} dropped" if dropped else ""
-        log.info("%s %s problems%s", f"{len(problems):,}", what, note)
-        return problems
 
     def _demonstrations(self, sources: Sequence[str]) -> list[sft.Tokens]:
         if not sources:
@@ -118,66 +168,38 @@ class _Run:
         log.info("%s demonstrations%s", f"{len(rendered):,}", note)
         return rendered
 
-    def _check_folder(self) -> None:
-        """Refuses or announces a folder with an earlier run in it; writes the resolved config."""
-        path = self.folder / "config.toml"
-        started = self.rl_step_done or self.sft_done
-        if started and self.config.output.resume == "never":
-            raise ConfigError(
-                f"output.dir = {str(self.folder)!r} already holds a run and output.resume = never: name another folder, "
-                f"or set output.resume=auto to continue it"
-            )
-        if not started and (self.folder / "metrics.jsonl").exists() and not self._sft_steps():
-            raise ConfigError(
-                f"output.dir = {str(self.folder)!r} holds metrics of a run that left no checkpoint: name another folder or "
-                f"remove it"
-            )
-        if started and path.exists():
-            before, now = _leaves(load(str(path))), _leaves(self.config)
-            changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
-            at = f"step {self.rl_step_done}" if self.rl_step_done else "the SFT checkpoint"
-            log.info("continuing %s from %s%s", self.folder, at, "; changed: " + ", ".join(changed) if changed else "")
-        dist.barrier()
-        if dist.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(dump(self.config))
-
-    def _sft_steps(self) -> int:
-        return max(checkpoint.complete(self.folder / "sft"), default=0)
-
     # --- stages -------------------------------------------------------------------------------
 
     def _evaluate(
-        self, name: str, engine: Engine | None, scorer: Scorer, problems: list[Problem], step: int = 0
+        self, name: str, step: int, policy: Policy, engine: Engine | None, scorer: Scorer, problems: list[Problem]
     ) -> Evaluation | None:
-        if engine is None or not problems:
+        """Evaluates unless that was done before the run was cut short, and proves that the engine holds the policy."""
+        if engine is None or not problems or (name, step) in self.progress.evaluated:
             return None
-        start = time.perf_counter()
-        sampling = self._sampling(n=1, seed=_EVAL_SEED + self.config.train.seed)
+        sampling = _sampling(self.config, n=1, seed=_eval_seed(self.config))
         result, rollouts, scores = evaluate(engine, scorer, problems, sampling)
-        with RunLog(self.folder, (), {}, 0) as run_log:
-            run_log.rollouts(f"eval_{name.replace(' ', '_')}", rollouts, scores)
-        if dist.rank() == 0:
-            with (self.folder / "eval.jsonl").open("a") as file:
-                file.write(json.dumps({"stage": name, "step": step, **asdict(result)}) + "\n")
-        log.info(
-            "%s: accuracy %.1f %%, %.1f tokens a response, on %d held-out problems (%.0f s)",
-            name, 100 * result.accuracy, result.response_length, result.num_problems, time.perf_counter() - start,
-        )  # fmt: skip
+        _record(self.folder, name, step, result, rollouts, scores)
+        r = self.config.rollout
+        if r.top_p == 1 and len(problems) >= dist.world_size():
+            most = self.config.train.max_tokens_per_micro_batch
+            mean, largest = sync.probability_difference(policy, rollouts, r.temperature, most, self.device)
+            sync.verify(mean, largest, probs_limit(self.config), f"evaluation {name}")
+        if self._stopped():
+            raise Interrupted(f"stopped after the evaluation {name}; it is kept. The same command continues from there")
         return result
 
     def _sft(self, policy: Policy, engine: Engine | None, train: list[sft.Tokens], validation: list[sft.Tokens]) -> None:
-        config, folder = self.config, self.folder / "sft"
+        config, folder, done = self.config, self.folder / "sft", self.progress.sft_steps
         total = sft.num_steps(config, len(train))
         optimizer = Optimizer(policy, config.optim, config.sft.lr, total)
         trained = {"actor": (policy, optimizer)}
-        done = self._sft_steps()
         if done:
             checkpoint.load(folder, done, trained)
         if engine is not None:
             engine.sleep()
 
-        def after_step(step: int) -> None:
+        def after_step(step: int, metrics: dict[str, float]) -> None:
+            check_finite(metrics, f"SFT step {step}")
             stopped = self._stopped()
             if stopped or (config.output.save_every and step % config.output.save_every == 0 and step < total):
                 path = checkpoint.save(folder, step, trained)
@@ -193,69 +215,67 @@ class _Run:
         log.info("SFT checkpoint: %s", self.sft_path)
 
     def _rl(self, policy: Policy, engine: Engine, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
-        config = self.config
-        a, t, total = config.algorithm, config.train, config.train.steps
+        config, first, total = self.config, self.progress.rl_steps, self.config.train.steps
         engine.sleep()  # critic and reference are built where its KV cache was
-        ref_path = str(self.sft_path) if self.with_sft else config.model.path
+        ppo, trained = self._build_ppo(policy)
+        if first:
+            checkpoint.load(self.folder, first, trained)
+        sync.push(policy, engine, self.dtype)
+        start = time.perf_counter()
+        with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
+            for step in range(first, total):
+                metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train)
+                done, last, stopped = step + 1, step + 1 == total, self._stopped()
+                if config.output.eval_every and done % config.output.eval_every == 0 and not (last or stopped):
+                    result = self._evaluate(f"step {done}", done, policy, engine, scorer, held_out)
+                    metrics |= result.metrics() if result else {}
+                if config.output.rollouts_every and done % config.output.rollouts_every == 0:
+                    logs.write_rollouts(self.folder, f"step_{done}", rollouts, scores)
+                run_log.write(done, "rl", metrics)
+                elapsed = time.perf_counter() - start
+                run_log.line(_progress(done, total, elapsed / (done - first) * (total - done), metrics))
+                if last or stopped or (config.output.save_every and done % config.output.save_every == 0):
+                    path = checkpoint.save(self.folder, done, trained)
+                    self._export(policy, done)
+                    if stopped and not last:
+                        raise Interrupted(_goodbye("RL step", done, total, path))
+        if first >= total:  # a run that was cut short between its last save and its end
+            self._export(policy, first)
+        self._evaluate("after RL", max(first, total), policy, engine, scorer, held_out)
+
+    def _build_ppo(self, policy: Policy) -> tuple[PPO, dict[str, tuple[torch.nn.Module, Optimizer]]]:
+        """PPO, and what of it a checkpoint holds."""
+        config = self.config
+        a, t = config.algorithm, config.train
+        ref_path = str(self.sft_path) if self.sft_path.exists() else config.model.path
         updates = t.epochs * t.batch_size // t.mini_batch_size
-        actor_steps = max(1, total - t.critic_warmup_steps) if a.advantage == "gae" else total
+        actor_steps = max(1, t.steps - t.critic_warmup_steps) if a.advantage == "gae" else t.steps
         actor_optimizer = Optimizer(policy, config.optim, config.optim.actor_lr, actor_steps * updates)
         trained = {"actor": (policy, actor_optimizer)}
         critic = critic_optimizer = ref = None
         if a.advantage == "gae":
             critic = model.build(Critic, config.model, ref_path, self.device, self.mesh)
-            critic_optimizer = Optimizer(critic, config.optim, config.optim.critic_lr, total * updates)
+            critic_optimizer = Optimizer(critic, config.optim, config.optim.critic_lr, t.steps * updates)
             trained["critic"] = (critic, critic_optimizer)
         if a.kl_coef or a.kl_loss_coef:
-            ref = model.build(Policy, config.model, ref_path, self.device, self.mesh).requires_grad_(False)
-        if self.rl_step_done:
-            checkpoint.load(self.folder, self.rl_step_done, trained)
-        sync.push(policy, engine, model.DTYPES[config.model.dtype])
-        ppo = PPO(config, policy, actor_optimizer, critic, critic_optimizer, ref, self.device)
-        start = time.perf_counter()
-        with RunLog(self.folder, config.output.loggers, _leaves(config), self.rl_step_done) as run_log:
-            for step in range(self.rl_step_done, total):
-                metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train, self._sampling)
-                done, last, stopped = step + 1, step + 1 == total, self._stopped()
-                if config.output.eval_every and done % config.output.eval_every == 0 and not last:
-                    result = self._evaluate(f"step {done}", engine, scorer, held_out, done)
-                    metrics |= result.metrics() if result else {}
-                if config.output.rollouts_every and done % config.output.rollouts_every == 0:
-                    run_log.rollouts(f"step_{done}", rollouts, scores)
-                run_log.write(done, "rl", metrics)
-                elapsed = time.perf_counter() - start
-                run_log.line(_progress(done, total, elapsed / (done - self.rl_step_done) * (total - done), metrics))
-                if last or stopped or (config.output.save_every and done % config.output.save_every == 0):
-                    path = checkpoint.save(self.folder, done, trained)
-                    checkpoint.export(policy, self.tokenizer, self.folder / "huggingface" / f"step_{done}", config)
-                    if stopped and not last:
-                        raise Interrupted(_goodbye("RL step", done, total, path))
-        if self.rl_step_done < total:
-            self._evaluate("after RL", engine, scorer, held_out, total)
+            ref = model.build(Policy, config.model, ref_path, self.device, self.mesh, trained=False)
+        return PPO(config, policy, actor_optimizer, critic, critic_optimizer, ref, self.device), trained
 
-    # --- small things -------------------------------------------------------------------------
-
-    def _sampling(self, *, n: int | None = None, seed: int) -> Sampling:
-        r = self.config.rollout
-        return Sampling(
-            n=n or r.n,
-            temperature=r.temperature,
-            top_p=r.top_p,
-            max_tokens=r.max_response_length,
-            stop=r.stop,
-            seed=seed,
-        )
+    def _export(self, policy: Policy, step: int) -> None:
+        path = self.folder / "huggingface" / f"step_{step}"
+        if not (path / "config.json").exists() or self.progress.rl_steps < step:
+            checkpoint.export(policy, self.tokenizer, path, self.config)
 
     def _stopped(self) -> bool:
         """Whether any rank was told to stop; every rank learns it at the same step."""
         return dist.max_over_ranks([len(self.stop)])[0] > 0
 
 
-_EVAL_SEED = 1 << 20  # apart from the seeds of training steps
+# --- one step ---------------------------------------------------------------------------------
 
 
 def rl_step(
-    config: Config, step: int, ppo: PPO, engine: Engine, scorer: Scorer, train: Sequence[Problem], sampling: object
+    config: Config, step: int, ppo: PPO, engine: Engine, scorer: Scorer, train: Sequence[Problem]
 ) -> tuple[dict[str, float], list[Rollout], list[Score]]:
     """Generate, score, annotate, update, push. Returns metrics of all ranks and this rank's rollouts and scores."""
     timer = Timer()
@@ -268,7 +288,7 @@ def rl_step(
     with timer("gen"):
         rollouts = engine.generate(
             [problems[i] for i in slots],
-            sampling(seed=(t.seed << 24) + step),
+            _sampling(config, n=config.rollout.n, seed=(t.seed << 24) + step),
             slots=slots,
             on_finish=lambda rollout: scoring.__setitem__(id(rollout), scorer.submit(rollout)),  # overlaps generation
         )
@@ -283,11 +303,12 @@ def rl_step(
         sync.verify(
             metrics["training/rollout_probs_diff_mean"],
             metrics["training/rollout_probs_diff_max"],
-            config.rollout.max_probs_diff,
-            step + 1,
+            probs_limit(config),
+            f"step {step + 1}",
         )
     train_actor = ppo.critic is None or step >= t.critic_warmup_steps
     metrics |= ppo.update(mini_batches, timer, train_actor=train_actor)
+    check_finite(metrics, f"step {step + 1}")
     with timer("update_weights"):
         sync.push(ppo.policy, engine, model.DTYPES[config.model.dtype])
     timer.seconds["step"] = time.perf_counter() - start
@@ -353,6 +374,52 @@ def _progress(done: int, total: int, left: float, m: dict[str, float]) -> str:
     )
 
 
+def check_finite(metrics: dict[str, float], where: str) -> None:
+    """Refuses to go on, and to save, when a number of the update is NaN or infinite."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise DivergedError(
+            f"{where}: {', '.join(f'{name} = {metrics[name]}' for name in bad)}. Nothing of this step is saved; lower the "
+            f"learning rate, or look at rollouts/ for what the policy produced"
+        )
+
+
+def check_kernels() -> None:
+    """Refuses a GPU run without the CUDA library of rlsp_kernels, before anything is loaded."""
+    library = backend_report()["cuda"]
+    if not library.loaded:
+        raise ConfigError(
+            f"the CUDA library of rlsp_kernels is missing ({library.detail}): install nvcc, then "
+            f"RLSP_BUILD=cuda pip install --no-build-isolation -e ."
+        )
+
+
+def check_resume(config: Config, folder: Path, progress: Progress) -> None:
+    """Refuses what cannot be continued; says what is continued, and what has changed."""
+    if not progress.started:
+        if logs.read_rows(folder / "metrics.jsonl"):
+            log.info("%s holds a run that left no checkpoint: it starts anew", folder)
+        return
+    if config.output.resume == "never":
+        raise ConfigError(
+            f"output.dir = {str(folder)!r} already holds a run and output.resume = never: name another folder, or set "
+            f"output.resume=auto to continue it"
+        )
+    path = folder / "config.toml"
+    before, now = _leaves(load(str(path))) if path.exists() else _leaves(config), _leaves(config)
+    changed = [key for key in now if before[key] != now[key]]
+    for key in ("model.path", "algorithm.advantage"):
+        if key in changed:
+            raise ConfigError(
+                f"{key} = {now[key]!r}, but the run in output.dir = {str(folder)!r} began with {before[key]!r}: name another "
+                f"folder, or change it back"
+            )
+    at = f"RL step {progress.rl_steps}" if progress.rl_steps else f"SFT step {progress.sft_steps}"
+    at = "the SFT checkpoint" if progress.sft_done and not progress.rl_steps else at
+    note = "".join(f"; {key}: {before[key]!r} -> {now[key]!r}" for key in changed)
+    log.info("continuing %s from %s%s", folder, at, note)
+
+
 def check_ranks(config: Config) -> None:
     """Refuses a mini-batch with fewer responses than ranks."""
     responses = config.train.mini_batch_size * config.rollout.n
@@ -384,6 +451,51 @@ def check_context(config: Config) -> None:
             f"data.max_prompt_length + rollout.max_response_length = {wanted} tokens, but the context of "
             f"{config.model.path} is {context}: lower one of them"
         )
+
+
+def probs_limit(config: Config) -> float:
+    """rollout.max_probs_diff, or what rounding in model.dtype explains with room to spare."""
+    return config.rollout.max_probs_diff or {"float32": 1e-3, "bfloat16": 2e-2}[config.model.dtype]
+
+
+def _problems(config: Config, sources: Sequence[str], what: str, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    if not sources:
+        return []
+    problems, dropped = data.render(data.load_problems(sources, config.data), tokenizer, config.data)
+    note = f", {dropped} over data.max_prompt_length = {config.data.max_prompt_length} dropped" if dropped else ""
+    log.info("%s %s problems%s", f"{len(problems):,}", what, note)
+    return problems
+
+
+def _sampling(config: Config, *, n: int, seed: int) -> Sampling:
+    r = config.rollout
+    return Sampling(n=n, temperature=r.temperature, top_p=r.top_p, max_tokens=r.max_response_length, stop=r.stop, seed=seed)
+
+
+def _eval_seed(config: Config) -> int:
+    """Apart from the seeds of training steps."""
+    return (1 << 20) + config.train.seed
+
+
+def _record(
+    folder: Path, name: str, step: int, result: Evaluation, rollouts: Sequence[Rollout], scores: Sequence[Score]
+) -> None:
+    """Writes an evaluation to eval.jsonl and its responses to rollouts/, and says it."""
+    logs.write_rollouts(folder, f"eval_{name.replace(' ', '_')}", rollouts, scores)
+    if dist.rank() == 0:
+        with (folder / "eval.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": name, "step": step, **asdict(result)}) + "\n")
+    log.info(
+        "%s: accuracy %.1f %%, %.1f tokens a response, on %d held-out problems",
+        name, 100 * result.accuracy, result.response_length, result.num_problems,
+    )  # fmt: skip
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output.dir = {str(folder)!r} cannot be made: {error.strerror}") from None
 
 
 def _leaves(config: Config) -> dict[str, object]:

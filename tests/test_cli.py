@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from tiny_lm import make_tiny
 
 from rlsp_fast.__main__ import main
+from rlsp_fast.train import DivergedError, check_finite
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,6 +84,7 @@ validation = ["demonstrations.jsonl"]
 steps = 4
 batch_size = 8
 lr = 1e-3
+max_length = 48
 [output]
 save_every = 1
 rollouts_every = 1
@@ -196,6 +199,50 @@ def test_a_resumed_run_takes_the_same_steps_as_one_that_never_stopped(home, tmp_
             assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-5, abs=1e-9), (a["step"], name)
 
 
+def test_a_run_cut_short_after_its_last_save_still_ends_with_its_results(home, tmp_path):
+    words = ("run", "recipe.toml", "train.steps=2", f"output.dir={tmp_path}/out")
+    assert rlsp(*words, cwd=home).returncode == 0
+    out = tmp_path / "out"
+    evaluations = (out / "eval.jsonl").read_text()
+    (out / "eval.jsonl").write_text("".join(evaluations.splitlines(keepends=True)[:2]))  # killed before the last one
+    shutil.rmtree(out / "huggingface")
+    assert rlsp(*words, cwd=home).returncode == 0
+    assert [r["stage"] for r in rows(out / "eval.jsonl")] == ["before SFT", "after SFT", "after RL"]
+    assert rows(out / "eval.jsonl")[2] == json.loads(evaluations.splitlines()[2])  # and the result is the same
+    assert (out / "huggingface/step_2/config.json").exists()
+    assert [r["step"] for r in rows(out / "metrics.jsonl")] == [1, 2]
+
+
+def test_train_after_sft_in_one_folder_starts_from_the_sft_checkpoint(home, tmp_path):
+    where = f"output.dir={tmp_path}/out"
+    assert rlsp("sft", "recipe.toml", where, "sft.lr=1e-2", cwd=home).returncode == 0
+    done = rlsp("train", "recipe.toml", where, "sft.lr=1e-2", "train.steps=1", cwd=home)
+    assert done.returncode == 0 and "continuing" in done.stdout and "the SFT checkpoint" in done.stdout
+    (step,) = rows(tmp_path / "out" / "metrics.jsonl")
+    assert abs(step["actor/ref_kl"]) < 1e-6, "the reference is the policy that RL starts from"
+
+
+def test_eval_judges_the_model_it_is_given_and_leaves_the_run_in_the_folder_alone(home, tmp_path):
+    where = f"output.dir={tmp_path}/out"
+    assert rlsp("train", "recipe.toml", where, "train.steps=1", cwd=home).returncode == 0
+    before = (tmp_path / "out" / "config.toml").read_text()
+    for _ in range(2):
+        done = rlsp("eval", "recipe.toml", where, "rollout.temperature=0.5", cwd=home)
+        assert done.returncode == 0 and "evaluation: accuracy" in done.stdout
+    assert (tmp_path / "out" / "config.toml").read_text() == before
+
+
+def test_what_a_run_began_with_cannot_change_under_it(home, tmp_path):
+    words = ("train", "recipe.toml", "train.steps=1", "data.validation=[]", f"output.dir={tmp_path}/out")
+    assert rlsp(*words, cwd=home).returncode == 0
+    refused(rlsp(*words, "algorithm.advantage=grpo", cwd=home), "algorithm.advantage", "'gae'")
+
+
+def test_numbers_that_are_none_stop_the_run_before_they_are_saved():
+    with pytest.raises(DivergedError, match="step 3: actor/grad_norm = nan.*Nothing of this step is saved"):
+        check_finite({"actor/pg_loss": 0.1, "actor/grad_norm": float("nan")}, "step 3")
+
+
 def test_ctrl_c_saves_and_the_same_command_continues(home, tmp_path):
     words = ["train", "recipe.toml", "data.validation=[]", "train.steps=40", "output.save_every=0"]
     command = [sys.executable, "-m", "rlsp_fast", *words, f"output.dir={tmp_path}/out"]
@@ -236,12 +283,14 @@ def test_ctrl_c_saves_and_the_same_command_continues(home, tmp_path):
         ("model.attention=flash_attn", ("model.attention",)),
         ("reward.function=mine.py:compute_score", ("reward.function", "mine.py")),
         ("output.loggers=wandb", ("output.loggers", "pip install wandb")),
+        ("train.steps=0", ("train.steps",)),
+        ("output.dir=problems.jsonl/out", ("output.dir", "problems.jsonl/out")),
         ("rollout.tensor_parallel_size=2", ("rollout.tensor_parallel_size",)),
     ],
 )
 def test_a_mistake_gets_one_message_that_names_it(home, tmp_path, override, parts):
     extra = ["train.max_tokens_per_micro_batch=2000"] if "1000" in override else []
-    done = rlsp("train", "recipe.toml", override, *extra, f"output.dir={tmp_path}/out", cwd=home)
+    done = rlsp("train", "recipe.toml", f"output.dir={tmp_path}/out", override, *extra, cwd=home)
     refused(done, *parts)
 
 

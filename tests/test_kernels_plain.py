@@ -401,6 +401,12 @@ def test_value_loss_keeps_the_larger_error_when_the_clip_would_hide_it():
     assert torch.autograd.grad(loss, value_T)[0].item() == 1.0
 
 
+def test_rounding_inside_the_clip_is_not_counted_as_clipping():
+    value_T, old_value_T, return_T = draw(4096, scale=0.001), 0.1 * draw(4096, seed=1).tanh(), draw(4096, seed=2)
+    assert (old_value_T + (value_T - old_value_T) != value_T).any()  # the difference rounds, since old is the larger
+    assert value_loss(value_T, old_value_T, return_T, torch.ones(4096), clip=0.2)[1] == 0
+
+
 def test_value_loss_without_a_clip_is_the_squared_error():
     loss, num_clipped = value_loss(of(1.0, 3.0), of(0.0, 0.0), of(2.0, 1.0), of(1.0, 1.0), clip=None)
     assert (loss.item(), num_clipped.item()) == (0.5 * (1 + 4), 0)

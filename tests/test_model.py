@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from rlsp_kernels import linear_logprob_entropy
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
@@ -75,6 +76,30 @@ def test_packed_logprobs_and_gradients_are_those_of_the_padded_model(folder, dev
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+FAMILIES = {  # what each scales, normalises or caps in its own way
+    "Qwen3": {"head_dim": 8},
+    "Phi3": {},
+    "Olmo2": {},
+    "SmolLM3": {},
+    "Starcoder2": {},
+    "Glm4": {"head_dim": 8},
+    "Cohere": {"logit_scale": 0.3},
+    "Cohere2": {"logit_scale": 0.3, "sliding_window": tiny.WINDOW},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": tiny.WINDOW, "final_logit_softcapping": 3.0},
+    "Granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logprobs_of_other_families_are_those_of_their_padded_models(tmp_path, device, family):
+    config = getattr(transformers, f"{family}Config")(**tiny.SHARED, num_key_value_heads=2, **FAMILIES[family])
+    lm = AutoModelForCausalLM.from_config(config)
+    tiny.jitter(lm, 0, 0.1)
+    lm.save_pretrained(tmp_path)
+    policy = build(Policy, str(tmp_path), device)
+    torch.testing.assert_close(logprobs(policy, PAIRS), padded_logprobs(tmp_path, PAIRS)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_windows_of_these_tests_are_shorter_than_their_sequences(folder, device):

@@ -55,7 +55,7 @@ def assert_same(two: list[dict], one: list[dict]) -> None:
     assert len(two) == len(one)
     for row, truth in zip(two, one, strict=True):
         assert row.keys() == truth.keys()
-        for name in truth.keys() - {"idle", "stage", "throughput"}:
+        for name in truth.keys() - {"idle", "share", "stage", "throughput"}:
             assert row[name] == pytest.approx(truth[name], rel=1e-4, abs=2e-6), name
 
 
@@ -64,8 +64,10 @@ def test_two_ranks_give_the_losses_and_metrics_of_one(paths, device, two, scenar
     one = two_ranks.train(scenario, paths, device)
     assert_same(two[scenario], one)
     assert one[0]["actor/pg_clipfrac"] > 0 and one[0]["actor/grad_norm"] > 1e-3  # there was something to agree on
+    assert one[0].get("critic/vf_clipfrac", 1) > 0
     assert one[0]["idle"] == 0
-    if scenario in ("idle micro-batches", "more ranks than responses"):
+    assert two[scenario][0]["share"] == pytest.approx(1.0 if scenario == "hsdp" else 0.5, abs=0.01)  # of 61 rows, 31
+    if "idle" in scenario or scenario == "more ranks than responses":
         assert two[scenario][0]["idle"] > 0
 
 

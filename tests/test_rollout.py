@@ -4,6 +4,7 @@ One vLLM a process: the module shares an engine.
 """
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -175,12 +176,12 @@ def test_a_push_that_never_happened_is_caught(engine, policy, problems):
         theirs = torch.tensor([p for r in rollouts for p in r.rollout_logprob])
         diff = (trainer_logprobs(policy, rollouts, 0.7).exp() - theirs.exp()).abs()
     with pytest.raises(sync.StaleWeightsError, match="rollout.max_probs_diff"):
-        sync.verify(diff.mean().item(), diff.max().item(), 0.005, step=1)
+        sync.verify(diff.mean().item(), diff.max().item(), 0.005, "step 1")
 
 
 def test_nan_probabilities_stop_the_run_too():
     with pytest.raises(sync.StaleWeightsError):
-        sync.verify(float("nan"), 1.0, 0.05, step=1)
+        sync.verify(float("nan"), 1.0, 0.05, "step 1")
 
 
 def test_top_p_leaves_the_tail_out(tiny, config, tokenizer, device, problems):
@@ -200,52 +201,73 @@ def test_vllm_asked_for_and_missing_is_an_error_with_the_fix(config, tiny, token
     assert make_engine(config, str(tiny), tokenizer, device).name == "transformers"
 
 
-@needs_vllm
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_two_ranks_train_with_vllm_in_parity(tiny, tmp_path, tensor_parallel):
-    """FSDP2 on two ranks and vLLM in the same processes: three steps, each one's rollouts from the trained weights."""
-    problems = tmp_path / "problems.jsonl"
+RECIPE = """
+[model]
+path = "{tiny}"
+dtype = "float32"
+[data]
+train = ["{problems}"]
+template = "{{problem}}"
+max_prompt_length = 32
+[rollout]
+engine = "vllm"
+n = 2
+temperature = 0.7
+max_response_length = 16
+max_probs_diff = 1e-4
+[optim]
+actor_lr = 1e-2
+critic_lr = 1e-2
+[train]
+steps = 3
+batch_size = 8
+mini_batch_size = 4
+critic_warmup_steps = 0
+[output]
+save_every = 0
+loggers = []
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    problems = folder / "problems.jsonl"
     problems.write_text("".join(f'{{"problem": "{t}", "answer": "7"}}\n' for t in TEXTS * 4))
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        f"""
-        [model]
-        path = "{tiny}"
-        dtype = "float32"
-        [data]
-        train = ["{problems}"]
-        template = "{{problem}}"
-        max_prompt_length = 32
-        [rollout]
-        engine = "vllm"
-        tensor_parallel_size = {tensor_parallel}
-        n = 2
-        temperature = 0.7
-        max_response_length = 16
-        max_probs_diff = 1e-4
-        [algorithm]
-        advantage = "gae"
-        [optim]
-        actor_lr = 1e-2
-        critic_lr = 1e-2
-        [train]
-        steps = 3
-        batch_size = 8
-        mini_batch_size = 4
-        critic_warmup_steps = 0
-        [output]
-        dir = "{tmp_path}/run"
-        loggers = []
-        """
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (folder / "recipe.toml").write_text(RECIPE.format(tiny=tiny, problems=problems))
+    return folder / "recipe.toml"
+
+
+def train(recipe, ranks, *overrides):
+    """Metrics of each step of a run on this many ranks."""
+    out = recipe.parent / f"{ranks}{'-'.join(overrides)}"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     done = subprocess.run(
-        [*command, "-m", "rlsp_fast", "train", str(recipe)],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=400,
-        env=_environment(),
+        [*start, "rlsp_fast", "train", str(recipe), f"output.dir={out}", *overrides],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=400, env=_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "step 3/3" in done.stdout
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(recipe):
+    return train(recipe, 1)
+
+
+@needs_vllm
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_ranks_with_fsdp_and_vllm_take_the_steps_of_one(recipe, one_rank, tensor_parallel):
+    """The whole loop, three steps: the same rollouts, losses and gradients, each step's rollouts from the trained weights."""
+    two_ranks = train(recipe, 2, f"rollout.tensor_parallel_size={tensor_parallel}")
+    names = (
+        "critic/score/mean", "response_length/mean", "actor/pg_loss", "actor/ref_kl", "actor/grad_norm", "critic/vf_loss",
+        "critic/grad_norm", "critic/returns/mean", "actor/entropy",
+    )  # fmt: skip
+    assert len(one_rank) == len(two_ranks) == 3
+    for one, two in zip(one_rank, two_ranks, strict=True):
+        assert {n: two[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-4, abs=1e-6)
+        assert max(one["training/rollout_probs_diff_max"], two["training/rollout_probs_diff_max"]) < 1e-4
 
 
 def _environment():

@@ -17,11 +17,15 @@ from rlsp_fast.model import Critic, Policy
 from rlsp_fast.optim import Optimizer
 from rlsp_fast.ppo import PPO
 
-ALGORITHM = {"kl_coef": 0.1, "kl_loss_coef": 0.05, "tis_cap": 2.0, "entropy_coef": 0.01, "value_clip": 0.05}
+ALGORITHM = {"kl_coef": 0.1, "kl_loss_coef": 0.05, "tis_cap": 2.0, "entropy_coef": 0.01, "value_clip": 0.01}
 TRAIN = {"batch_size": 4, "mini_batch_size": 2, "epochs": 2, "max_tokens_per_micro_batch": 48}
 SCENARIOS = {
     "ppo": {},
     "grpo": {"algorithm": ALGORITHM | {"advantage": "grpo", "loss_aggregation": "sequence_mean"}},
+    "grpo with idle micro-batches": {
+        "algorithm": ALGORITHM | {"advantage": "grpo"},
+        "train": TRAIN | {"mini_batch_size": 1, "max_tokens_per_micro_batch": 24},
+    },
     "idle micro-batches": {"train": TRAIN | {"mini_batch_size": 1, "max_tokens_per_micro_batch": 24}},
     "more ranks than responses": {"rollout": {"n": 1}, "train": TRAIN | {"mini_batch_size": 1}},
     "activation checkpointing": {"model": {"activation_checkpointing": True}},
@@ -50,12 +54,14 @@ def build(config: Config, paths: tuple[str, str], device: torch.device) -> tuple
 
 
 def step(ppo: PPO, seed: int) -> dict[str, float]:
-    """annotate and update on a fixed global batch."""
+    """annotate and update on a fixed global batch. Adds how many micro-batches were idle and this rank's share of a weight."""
     mini_batches = ppo.pack(tiny.samples(4, n=ppo.config.rollout.n, seed=seed))
     metrics = ppo.annotate(mini_batches, Timer())
     metrics |= ppo.update(mini_batches, Timer(), train_actor=True)
     idle = sum(not m.batch.mask_T.any() for part in mini_batches for m in part)
-    return metrics | {"idle": sum(dist.gather_objects(int(idle)))}
+    embedding = ppo.policy.lm.model.embed_tokens.weight
+    share = embedding.to_local().numel() / embedding.numel()
+    return metrics | {"idle": sum(dist.gather_objects(int(idle))), "share": share}
 
 
 def train(scenario: str, paths: tuple[str, str], device: torch.device) -> list[dict[str, float]]:
@@ -68,13 +74,13 @@ def train(scenario: str, paths: tuple[str, str], device: torch.device) -> list[d
 
 def train_sft(paths: tuple[str, str], folder: Path, device: torch.device) -> list[dict[str, float]]:
     """The metrics of three SFT steps of five demonstrations."""
-    config = recipe(paths[0], {"sft": {"train": ["unused.jsonl"], "steps": 3, "batch_size": 5}})
+    config = recipe(paths[0], {"sft": {"train": ["unused.jsonl"], "steps": 3, "batch_size": 5, "max_length": 48}})
     policy = model.build(Policy, config.model, paths[0], device, dist.mesh(device))
     optimizer = Optimizer(policy, config.optim, 1e-3, 3)
     pairs = [(s.prompt_ids, s.response_ids) for s in tiny.samples(12, seed=4)]
     with RunLog(folder, (), {}, 0) as log:
         sft.train(config, policy, optimizer, pairs[:9], pairs[9:], log, first_step=0, device=device,
-                  after_step=lambda done: None)  # fmt: skip
+                  after_step=lambda *_: None)  # fmt: skip
     dist.barrier()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

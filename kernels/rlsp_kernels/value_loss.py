@@ -15,7 +15,8 @@ def value_loss_torch(
     if clip is not None:
         clipped_T = old_value_T + (value_T - old_value_T).clamp(-clip, clip)
         clipped_loss_T = torch.where(keep_T, clipped_T - return_T, 0.0).square()
-        is_clipped_T = clipped_loss_T > loss_T
+        moved_T = (value_T - old_value_T).abs()  # inside the clip, old + (value - old) can still round to another number
+        is_clipped_T = (clipped_loss_T > loss_T) & (moved_T > clip)
         loss_T = torch.maximum(loss_T, clipped_loss_T)
     return 0.5 * (loss_T * weight_T).sum(), is_clipped_T.sum()
 
