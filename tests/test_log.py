@@ -1,6 +1,7 @@
 """What a run appends to, and what a resumed run keeps of it."""
 
 import json
+import math
 
 import pytest
 
@@ -35,10 +36,28 @@ def test_every_row_is_on_disk_as_soon_as_it_is_written(tmp_path):
         assert rows(tmp_path) == [{"step": 1, "stage": "rl", "loss": 1.0}]
 
 
-def test_a_number_that_is_not_one_is_left_out_of_the_row(tmp_path):
+def test_a_loss_that_is_not_a_number_is_written_as_such(tmp_path):
     with RunLog(tmp_path, (), {}, 0) as log:
-        log.write(1, "rl", {"loss": float("nan"), "kl": 0.5})
-    assert rows(tmp_path) == [{"step": 1, "stage": "rl", "kl": 0.5}]
+        log.write(1, "rl", {"loss": float("nan")})
+    assert math.isnan(rows(tmp_path)[0]["loss"])
+
+
+def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    with RunLog(tmp_path, (), {}, 0) as log:
+        for step in (1, 2, 3):
+            log.write(step, "rl", {"loss": float(step)})
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole[:-10])
+    with RunLog(tmp_path, (), {}, 2) as log:
+        log.write(3, "rl", {"loss": 30.0})
+    assert [row["loss"] for row in rows(tmp_path)] == [1, 2, 30]
+
+
+def test_a_run_that_left_no_checkpoint_is_written_anew(tmp_path):
+    for _ in range(2):
+        with RunLog(tmp_path, (), {}, 0) as log:
+            log.write(1, "rl", {"loss": 1.0})
+    assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
 def test_the_timer_adds_up_the_phases_of_one_step():
