@@ -2,7 +2,7 @@
 
     python bench/bench_packing.py [--model PATH] [--sequences 32] [--repeats 5]
 
-One forward and backward of the negative log-likelihood over the same sequences: packed end to end as rlsp_fast trains, and as a padded
+One forward and backward of the mean NLL over the same sequences: packed end to end as rlsp_fast trains, and as a padded
 batch through the same Hugging Face model, as trainers without packing do. Lengths are the token counts of GSM8K's first 1,024
 training rows (bench/gsm8k_lengths.csv); token ids are random. Tokens are counted without padding, so both do the same work.
 Both take turns; the median counts. Appends to bench/results/packing.csv.

@@ -38,7 +38,9 @@ def save(folder: Path, step: int, trained: dict[str, tuple[torch.nn.Module, Opti
     dcp.save(_state(trained), checkpoint_id=path)
     if dist.rank() == 0:
         num_updates = {name: optimizer.num_updates for name, (_, optimizer) in trained.items()}
-        (path / "complete.json").write_text(json.dumps({"step": step, "num_updates": num_updates}))
+        partial = path / "complete.json.partial"
+        partial.write_text(json.dumps({"step": step, "num_updates": num_updates}))
+        partial.rename(path / "complete.json")
         for old in sorted(complete(folder))[:-_KEEP]:
             shutil.rmtree(folder / "checkpoints" / f"step_{old}")
     dist.barrier()

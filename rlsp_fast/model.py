@@ -203,8 +203,6 @@ def _load_causal_lm(path: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: other shapes, a cut file
         raise ModelError(f"model.path = {path!r}: cannot load the weights ({_first_line(error)})") from None
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        raise ModelError(f"model.path = {path!r}: a mixture of experts is not supported, only dense decoders")
     for module in lm.modules():  # PPO compares log-probabilities of two passes: they must be the same function
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -309,19 +307,36 @@ def build(
     backend, why = attention_backend(config.attention, device, dtype)
     log.info("attention over packed sequences: %s (%s)", backend, why)
     lm = _load_causal_lm(path)
-    if getattr(lm.config, "attn_logit_softcapping", None) and backend != "flash_attn":
-        raise ModelError(f"model.path = {path!r}: an attention soft-cap needs model.attention = flash_attn, not {backend}")
+    reason = _unsupported(lm, backend)
+    if reason:
+        raise ModelError(f"model.path = {path!r}: {reason}")
     module = kind(lm, backend)
     if config.activation_checkpointing:
         module.lm.gradient_checkpointing_enable({"use_reentrant": False})
         module.train()  # Hugging Face layers recompute in training mode only; dropout is already off
+    if not trained:
+        for parameter in module.parameters():  # not module.to(dtype): rotary frequencies in bfloat16 lose the positions
+            parameter.data = parameter.data.to(dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
     layers = _decoder_layers(module.lm)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
-    module.requires_grad_(trained)
-    return module.to(device).to(torch.float32 if trained else dtype)  # sharded first: float32 is this rank's share alone
+    module.requires_grad_(trained).to(device)
+    return module.float() if trained else module  # sharded first: float32 is this rank's share alone
+
+
+def _unsupported(lm: PreTrainedModel, backend: str) -> str | None:
+    """Why packed training of this model would fail, or be wrong without a word; None when it works."""
+    if any(getattr(lm.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return "a mixture of experts is not supported, only dense decoders"
+    others = set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or lm._is_stateful:
+        names = ", ".join(sorted(others)) or "recurrent"
+        return f"its {names} layers would carry one packed sequence into the next; only attention is supported"
+    if getattr(lm.config, "attn_logit_softcapping", None) and backend != "flash_attn":
+        return f"an attention soft-cap needs model.attention = flash_attn, not {backend}"
+    return None
 
 
 def _decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:

@@ -30,8 +30,6 @@ class PackedBatch:
     """Longest sequence, positions."""
     lengths: tuple[int, ...]
     """cu_seqlens' differences on the host, so that nothing waits for the device."""
-    index: tuple[int, ...]
-    """Which input sequence each packed one is."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         names = ("input_T", "token_T", "mask_T", "position_ids", "cu_seqlens")
@@ -42,7 +40,7 @@ class PackedBatch:
         return sum(self.lengths)
 
 
-def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], index: Sequence[int] | None = None) -> PackedBatch:
+def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> PackedBatch:
     """Packs (prompt ids, response ids) pairs in the order given.
 
     Raises:
@@ -67,7 +65,6 @@ def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], index: Se
         cu_seqlens=borders,
         max_seqlen=max(lengths, default=0),
         lengths=tuple(lengths),
-        index=tuple(range(len(lengths)) if index is None else index),
     )
 
 

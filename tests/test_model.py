@@ -287,13 +287,21 @@ def test_a_model_whose_weights_cannot_be_used_is_named(tmp_path, device, damage)
     assert f"model.path = {str(path)!r}: cannot load the weights" in one_line(lambda: build(Policy, str(path), device))
 
 
-def test_a_model_with_attention_we_cannot_run_is_refused_when_it_is_built(tmp_path, device):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+UNSUPPORTED = {
+    "Gemma2": ({"head_dim": 8}, "an attention soft-cap needs model.attention = flash_attn, not sdpa"),
+    "GptOss": ({"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "a mixture of experts"),
+    "Mamba": ({}, "would carry one packed sequence into the next"),
+    "Lfm2": ({"layer_types": ["conv", "full_attention"]}, "its conv layers would carry"),
+    "FalconH1": ({"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}, "into the next"),
+}
 
-    lm = Gemma2ForCausalLM(Gemma2Config(**tiny.SHARED, num_key_value_heads=2, head_dim=8))
-    lm.save_pretrained(tmp_path)
-    text = one_line(lambda: build(Policy, str(tmp_path), device))
-    assert "soft-cap" in text and "model.attention" in text
+
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_a_model_that_packing_would_get_wrong_is_refused_when_it_is_built(tmp_path, device, family):
+    keys, message = UNSUPPORTED[family]
+    config = getattr(transformers, f"{family}Config")(**tiny.SHARED, num_key_value_heads=2, **keys)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert message in one_line(lambda: build(Policy, str(tmp_path), device))
 
 
 def test_a_home_folder_path_loads_everywhere(tmp_path, device, monkeypatch):

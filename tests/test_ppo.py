@@ -33,7 +33,7 @@ def paths(tmp_path_factory):
 def make_ppo(paths, device, config) -> PPO:
     mesh = dist.mesh(device)
     policy = model.build(Policy, config.model, paths[0], device, mesh)
-    ref = model.build(Policy, config.model, paths[1], device, mesh).requires_grad_(False)
+    ref = model.build(Policy, config.model, paths[1], device, mesh, trained=False)
     critic = critic_optimizer = None
     if config.algorithm.advantage == "gae":
         critic = model.build(Critic, config.model, paths[0], device, mesh)

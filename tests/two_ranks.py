@@ -42,7 +42,7 @@ def build(config: Config, paths: tuple[str, str], device: torch.device) -> tuple
     """PPO and what a checkpoint of it holds. On one rank nothing is sharded, whatever the recipe says."""
     mesh = dist.mesh(device, config.train.fsdp_shard_size)
     policy = model.build(Policy, config.model, paths[0], device, mesh)
-    ref = model.build(Policy, config.model, paths[1], device, mesh).requires_grad_(False)
+    ref = model.build(Policy, config.model, paths[1], device, mesh, trained=False)
     actor_optimizer = Optimizer(policy, config.optim, config.optim.actor_lr, 20)
     trained = {"actor": (policy, actor_optimizer)}
     critic = critic_optimizer = None
