@@ -148,6 +148,7 @@ def test_a_stop_string_ends_a_response(engine, problems, tokenizer):
 @contextmanager
 def changed(policy, change):
     """The policy with change(local tensor) applied to every parameter, for a while."""
+    policy.reshard()  # a forward without backward leaves the root gathered
     local = [p.to_local() for p in policy.parameters()]
     before = [p.detach().clone() for p in local]
     with torch.no_grad():
@@ -156,6 +157,7 @@ def changed(policy, change):
     try:
         yield
     finally:
+        policy.reshard()
         with torch.no_grad():
             for p, old in zip(local, before, strict=True):
                 p.copy_(old)
