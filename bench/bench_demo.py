@@ -1,10 +1,10 @@
 """Does RL lift the demo's accuracy, and by how much, for each seed?
 
-    python bench/bench_demo.py [--seeds 0 1 2]
+    python bench/bench_demo.py [--seeds 0 1 2] [--reuse COMMIT]
 
-Runs `rlsp demo --seed N` where outputs/ does not hold its finished run yet, then appends what each run measured on its held-out
-problems to bench/results/demo.csv. Accuracy before and after RL is of one sampled response per problem; `points` is the
-difference in percentage points, `standard_error` that of the difference (two proportions, independent samples).
+Runs `rlsp demo --seed N` for each seed, or with --reuse takes the finished runs in outputs/, made by that commit, and appends
+what each measured on its held-out problems to bench/results/demo.csv. Accuracy before and after RL is of one sampled response a
+problem; `points` is the difference in percentage points, `standard_error` that of the difference (independent samples).
 """
 
 import argparse
@@ -20,13 +20,14 @@ from rows import append, origin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--reuse", metavar="COMMIT")
     args = parser.parse_args()
     rows = []
     for seed in args.seeds:
         folder = Path("outputs") / ("demo" if seed == 0 else f"demo-seed{seed}") / "run"
-        if not (folder / "report.md").exists():
+        if args.reuse is None:
             subprocess.run([sys.executable, "-m", "rlsp_fast", "demo", "--seed", str(seed)], check=True)
-        rows.append({**origin(), "seed": seed, **measured(folder)})
+        rows.append({**origin(), **({"commit": args.reuse} if args.reuse else {}), "seed": seed, **measured(folder)})
         print({key: rows[-1][key] for key in ("seed", "after_sft", "after_rl", "points", "standard_error")})
     print("appended to", append("demo", rows))
 
