@@ -15,7 +15,7 @@ def main() -> None:
     (ROOT / "docs" / "config.md").write_text(head + config.reference())
     readme = (ROOT / "README.md").read_text()
     readme = fill(readme, "demo table", demo())
-    readme = fill(readme, "bench tables", step() + "\n\n" + packing())
+    readme = fill(readme, "bench tables", "\n\n".join((step(), ops(), packing())))
     (ROOT / "README.md").write_text(readme)
 
 
@@ -26,13 +26,13 @@ def fill(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
 
 
-def newest(name: str, key: str) -> list[dict[str, str]]:
-    """The last row of each value of key."""
+def newest(name: str, *keys: str) -> list[dict[str, str]]:
+    """The last row of each value of keys."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
     with path.open() as file:
-        return list({row[key]: row for row in csv.DictReader(file)}.values())
+        return list({tuple(row[k] for k in keys): row for row in csv.DictReader(file)}.values())
 
 
 def demo() -> str:
@@ -47,7 +47,7 @@ def demo() -> str:
         before, sft, rl = (f"{100 * float(r[k]):.1f} %" for k in ("before_sft", "after_sft", "after_rl"))
         gained = f"{float(r['points']):+.1f} ± {r['standard_error']}"
         lines.append(f"| {r['seed']} | {before} | {sft} | {rl} | {gained} | {r['tokens_after_sft']} → {r['tokens_after_rl']} |")
-    r = rows[0]
+    r = rows[0] | {"commit": ", ".join(sorted({row["commit"] for row in rows}))}
     lines += ["", f"Accuracy on {r['problems']} held-out problems, one response each at temperature 0.7. {where(r)}"]
     worst = max(float(r["worst_probs_diff"]) for r in rows)
     lines += [f"Largest mean probability difference between engine and trainer at any step: {worst:.1e}."]
@@ -67,6 +67,20 @@ def step() -> str:
     lines.append("| tokens a second | " + " | ".join(f"{int(r['tokens_per_s']):,}" for r in rows) + " |")
     lines.append("| peak memory, GiB | " + " | ".join(r["peak_gib"] for r in rows) + " |")
     return "\n".join([*lines, "", f"{where(rows[0])} `python bench/bench_step.py`"])
+
+
+def ops() -> str:
+    rows = newest("ops", "operator", "group")
+    rows = [r for r in rows if r["commit"] == rows[-1]["commit"]]  # the largest of the rest change with the code
+    if not rows:
+        return "Inside training: not measured."
+    share = {r["operator"] or r["group"]: f"{100 * float(r['share']):.0f} %" for r in rows}
+    groups = ", ".join(f"{r['group']} {share[r['group']]}" for r in rows if not r["operator"])
+    largest = ", ".join(f"`{r['operator']}` {share[r['operator']]}" for r in rows if r["operator"])
+    return (
+        f"Inside training (forward, backward, optimizer of policy and critic): {groups}.\n"
+        f"Largest of the rest: {largest}. {where(rows[0])} `python bench/bench_ops.py`"
+    )
 
 
 def packing() -> str:
