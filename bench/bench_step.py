@@ -70,6 +70,9 @@ def summarise(recipe: str, engine: str, found: list[dict[str, float]]) -> dict[s
         return statistics.median(step.get(name, 0.0) for step in found)
 
     phases = {phase: median(f"timing_s/{phase}") for phase in PHASES}
+    other = statistics.median(
+        step["timing_s/step"] - sum(step.get(f"timing_s/{phase}", 0.0) for phase in PHASES) for step in found
+    )
     whole = median("timing_s/step")
     return {
         **origin(),
@@ -78,7 +81,7 @@ def summarise(recipe: str, engine: str, found: list[dict[str, float]]) -> dict[s
         "steps": len(found),
         "step_s": round(whole, 4),
         **{f"{phase}_s": round(seconds, 4) for phase, seconds in phases.items()},
-        "other_s": round(whole - sum(phases.values()), 4),
+        "other_s": round(other, 4),
         "tokens_per_step": round(median("perf/total_num_tokens")),
         "tokens_per_s": round(median("perf/throughput")),
         "peak_gib": round(max(step["memory/peak_gib"] for step in found), 3),

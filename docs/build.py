@@ -60,7 +60,7 @@ def step() -> str:
     if not rows:
         return "Step time: not measured."
     phases = [name for name in rows[0] if name.endswith("_s") and name not in ("step_s", "tokens_per_s")]
-    lines = ["One RL step of the demo recipe, seconds by phase:", ""]
+    lines = ["One RL step of the demo recipe, seconds by phase (medians, so they need not add up):", ""]
     lines += ["| phase | " + " | ".join(r["engine"] for r in rows) + " |", "| --- |" + " --- |" * len(rows)]
     for phase in [*phases, "step_s"]:
         lines.append(f"| {phase.removesuffix('_s')} | " + " | ".join(f"{float(r[phase]):.3f}" for r in rows) + " |")
