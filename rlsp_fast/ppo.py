@@ -3,6 +3,7 @@
 Axes: T packed positions, S sequences. The same loop serves GRPO, RLOO and REINFORCE++: they differ in `_advantages` alone.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from rlsp_kernels import (
     value_loss,
     whiten,
 )
+from rlsp_kernels.packed_gae import Backend, backend_report
 from torch import Tensor
 
 from rlsp_fast import dist
@@ -23,6 +25,8 @@ from rlsp_fast.log import Timer
 from rlsp_fast.model import Critic, Policy
 from rlsp_fast.optim import Optimizer
 from rlsp_fast.packing import PackedBatch, pack, schedule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,7 @@ class PPO:
         self.critic, self.critic_optimizer = critic, critic_optimizer
         self.ref = ref
         self.device = device
+        self.gae_backend = _gae_backend(device)
 
     # --- batches ------------------------------------------------------------------------------
 
@@ -182,6 +187,7 @@ class PPO:
                 ref_logprob_T=m.ref_logprob_T,
                 kl_coef=a.kl_coef if self.ref is not None else 0.0,
                 kl_kind=a.kl_kind,
+                backend=self.gae_backend,
             )
             m.token_reward_T, m.advantage_T, m.return_T = out.reward_T, out.advantage_T, out.return_T
             moments += out.moments
@@ -367,6 +373,15 @@ class PPO:
             if self.algorithm.kl_loss_coef:
                 metrics["actor/kl_loss"] = stats.ref_kl / n
         return metrics
+
+
+def _gae_backend(device: torch.device) -> Backend:
+    """The compiled library, or on a GPU without one the plain definition, by name: packed_gae itself refuses to fall back."""
+    cuda = backend_report()["cuda"]
+    if device.type == "cuda" and not cuda.loaded:
+        log.info("advantages: plain torch, since the CUDA library is missing (%s)", cuda.detail)
+        return "torch"
+    return "auto"
 
 
 def _per_sequence(m: MicroBatch, x_T: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Self
 
 import torch
-from rlsp_kernels.packed_gae import backend_report
 from transformers import PreTrainedTokenizerBase
 
 from rlsp_fast import checkpoint, data, dist, model, sft, sync
@@ -121,8 +120,6 @@ class _Run:
         check_loggers(config)
         if with_rl or config.data.validation:
             check_context(config)
-        if device.type == "cuda":
-            check_kernels()
         _make_folder(self.folder)
         self.progress = Progress.read(self.folder)
         self.with_sft = with_sft and config.wants_sft and not self.progress.sft_done
@@ -381,16 +378,6 @@ def check_finite(metrics: dict[str, float], where: str) -> None:
         raise DivergedError(
             f"{where}: {', '.join(f'{name} = {metrics[name]}' for name in bad)}. Nothing of this step is saved; lower the "
             f"learning rate, or look at rollouts/ for what the policy produced"
-        )
-
-
-def check_kernels() -> None:
-    """Refuses a GPU run without the CUDA library of rlsp_kernels, before anything is loaded."""
-    library = backend_report()["cuda"]
-    if not library.loaded:
-        raise ConfigError(
-            f"the CUDA library of rlsp_kernels is missing ({library.detail}): install nvcc, then "
-            f"RLSP_BUILD=cuda pip install --no-build-isolation -e ."
         )
 
 
