@@ -470,8 +470,9 @@ def _record(
     """Writes an evaluation to eval.jsonl and its responses to rollouts/, and says it."""
     logs.write_rollouts(folder, f"eval_{name.replace(' ', '_')}", rollouts, scores)
     if dist.rank() == 0:
-        with (folder / "eval.jsonl").open("a") as file:
-            file.write(json.dumps({"stage": name, "step": step, **asdict(result)}) + "\n")
+        path = folder / "eval.jsonl"
+        rows = [*logs.read_rows(path), {"stage": name, "step": step, **asdict(result)}]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # whole: a kill may have left half a line
     log.info(
         "%s: accuracy %.1f %%, %.1f tokens a response, on %d held-out problems",
         name, 100 * result.accuracy, result.response_length, result.num_problems,

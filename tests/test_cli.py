@@ -204,7 +204,9 @@ def test_a_run_cut_short_after_its_last_save_still_ends_with_its_results(home, t
     assert rlsp(*words, cwd=home).returncode == 0
     out = tmp_path / "out"
     evaluations = (out / "eval.jsonl").read_text()
-    (out / "eval.jsonl").write_text("".join(evaluations.splitlines(keepends=True)[:2]))  # killed before the last one
+    (out / "eval.jsonl").write_text(
+        "".join(evaluations.splitlines(keepends=True)[:2]) + '{"stage": "aft'
+    )  # killed before the last one
     shutil.rmtree(out / "huggingface")
     assert rlsp(*words, cwd=home).returncode == 0
     assert [r["stage"] for r in rows(out / "eval.jsonl")] == ["before SFT", "after SFT", "after RL"]
