@@ -1,6 +1,6 @@
 """Sequences of different lengths laid end to end, in micro-batches under a token budget, balanced over ranks.
 
-Axes: T packed positions, S sequences. No padding: T is the sum of the lengths. What a position predicts: types.predicted.
+Axes: T packed positions, N of them predict response tokens, S sequences. No padding: T is the sum of the lengths. What a position predicts: types.predicted.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ class PackedBatch:
     """(T,) i64 target tokens: the next token of the same sequence."""
     mask_T: Tensor
     """(T,) bool, True where the target is a response token."""
+    rows_N: Tensor
+    """(N,) i64, where mask_T is True. Made on the host, where its length is known without waiting for the device."""
     position_ids: Tensor
     """(T,) i64, from 0 in each sequence."""
     cu_seqlens: Tensor
@@ -32,8 +34,12 @@ class PackedBatch:
     """cu_seqlens' differences on the host, so that nothing waits for the device."""
 
     def to(self, device: torch.device) -> "PackedBatch":
-        names = ("input_T", "token_T", "mask_T", "position_ids", "cu_seqlens")
+        names = ("input_T", "token_T", "mask_T", "rows_N", "position_ids", "cu_seqlens")
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+
+    def idle(self) -> "PackedBatch":
+        """The same positions with nothing to learn from."""
+        return replace(self, mask_T=torch.zeros_like(self.mask_T), rows_N=self.rows_N[:0])
 
     @property
     def num_tokens(self) -> int:
@@ -56,11 +62,13 @@ def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Packed
         mask += m
         positions += range(len(x))
         lengths.append(len(x))
+    mask_T = torch.tensor(mask, dtype=torch.bool)
     borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return PackedBatch(
         input_T=torch.tensor(inputs, dtype=torch.int64),
         token_T=torch.tensor(targets, dtype=torch.int64),
-        mask_T=torch.tensor(mask, dtype=torch.bool),
+        mask_T=mask_T,
+        rows_N=mask_T.nonzero().squeeze(-1),
         position_ids=torch.tensor(positions, dtype=torch.int64),
         cu_seqlens=borders,
         max_seqlen=max(lengths, default=0),

@@ -125,7 +125,7 @@ class PPO:
             }[self.algorithm.loss_aggregation]
             weight += [*nothing, *[per_token] * len(s.response_ids)]
         if idle:
-            batch.mask_T.zero_()
+            batch = batch.idle()
         # FSDP averages gradients over ranks, where the loss is a sum over the tokens of all ranks.
         world = dist.world_size()
         return MicroBatch(
@@ -166,7 +166,13 @@ class PPO:
     def _logprob(self, m: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]]:
         def fn(hidden_TD: Tensor, weight_VD: Tensor, **head: object) -> tuple[Tensor, Tensor]:
             return linear_logprob_entropy(
-                hidden_TD, weight_VD, m.batch.token_T, temperature=self.temperature, need_entropy=False, **head
+                hidden_TD,
+                weight_VD,
+                m.batch.token_T,
+                temperature=self.temperature,
+                need_entropy=False,
+                rows_N=m.batch.rows_N,
+                **head,
             )
 
         return fn
@@ -330,6 +336,7 @@ class PPO:
                 kl_coef=a.kl_loss_coef,
                 kl_kind=a.kl_loss_kind,
                 entropy_coef=a.entropy_coef,
+                rows_N=m.batch.rows_N,
                 **head,
             )
 

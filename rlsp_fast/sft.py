@@ -92,6 +92,7 @@ def _micro_batches(config: Config, batch: Sequence[Tokens], device: torch.device
     out = []
     for group in groups:
         packed = pack([batch[i] for i in group or [0]])
+        packed = packed if group else packed.idle()
         weight_T = packed.mask_T.float() * (dist.world_size() / num_tokens if group else 0.0)
         out.append((packed.to(device), weight_T.to(device)))
     return out
@@ -99,7 +100,9 @@ def _micro_batches(config: Config, batch: Sequence[Tokens], device: torch.device
 
 def _loss(policy: Policy, packed: PackedBatch, weight_T: Tensor) -> Tensor:
     def fn(hidden_TD: Tensor, weight_VD: Tensor, **head: object) -> Tensor:
-        logprob_T, _ = linear_logprob_entropy(hidden_TD, weight_VD, packed.token_T, need_entropy=False, **head)
+        logprob_T, _ = linear_logprob_entropy(
+            hidden_TD, weight_VD, packed.token_T, need_entropy=False, rows_N=packed.rows_N, **head
+        )
         return -(logprob_T * weight_T).sum()
 
     return policy(packed, fn)

@@ -64,12 +64,20 @@ def probability_difference(
     batch = pack([(r.problem.prompt_ids, r.response_ids) for r in chosen]).to(device)
 
     def logprob(hidden_TD: Tensor, weight_VD: Tensor, **head: object) -> tuple[Tensor, Tensor]:
-        return linear_logprob_entropy(hidden_TD, weight_VD, batch.token_T, temperature=temperature, need_entropy=False, **head)
+        return linear_logprob_entropy(
+            hidden_TD,
+            weight_VD,
+            batch.token_T,
+            temperature=temperature,
+            need_entropy=False,
+            rows_N=batch.rows_N,
+            **head,
+        )
 
     ours_T, _ = policy(batch, logprob)
     policy.reshard()
     theirs = torch.tensor([p for r in chosen for p in r.rollout_logprob], dtype=torch.float64)
-    diff = (ours_T[batch.mask_T].double().cpu().exp() - theirs.exp()).abs()
+    diff = (ours_T[batch.rows_N].double().cpu().exp() - theirs.exp()).abs()
     total, count = dist.sum_over_ranks([diff.sum().item(), len(diff)])
     return total / count, dist.max_over_ranks([diff.max().item()])[0]
 

@@ -1,10 +1,22 @@
 """Log-probability of one chosen token per row of logits, and the entropy of the row.
 
-Axes: T packed tokens, V vocabulary. Log-probabilities and entropies are in nats.
+Axes: T packed tokens, V vocabulary. Log-probabilities and entropies are in nats; inside the kernels exponents y are in base 2.
+Order of this file: definition, device functions, kernels, launchers, ops, public function.
 """
 
 import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from rlsp_kernels.backend import LAUNCH, ROW_ALIGN, Backend, blocks, runs_triton
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+ALIGN: tl.constexpr = tl.constexpr(ROW_ALIGN)
+
+BLOCK, PER_WARP = 8192, 1024  # elements: 16 KB of bf16 in flight a program, 32 elements a thread
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -15,23 +27,555 @@ def logprob_entropy_torch(
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     need_entropy: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """What logprob_entropy means, in plain torch. Computes in float32, or in float64 when given float64."""
-    x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
-    if softcap is not None:
-        x_TV = softcap * torch.tanh(x_TV / softcap)
-    if isinstance(temperature, Tensor):
-        temperature = temperature[:, None]
-    x_TV = x_TV / temperature
-    log_p_TV = x_TV.log_softmax(-1)
-    logprob_T = log_p_TV.gather(-1, token_T[:, None]).sum(-1)  # squeeze would return a view, which FSDP2 warns of
+    first_token: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What logprob_entropy means, in plain torch: log-probability, entropy and (2, T) stats, as the kernel gives them.
+
+    Computes in float32, or in float64 when given float64. With first_token the columns are only those of tokens from there on.
+    """
+    x_TV, factor, _ = _scaled_torch(logits_TV, temperature, softcap, logit_scale)
+    log_p_TV = (x_TV * factor).log_softmax(-1)
+    if first_token is None:
+        logprob_T = log_p_TV.gather(-1, token_T[:, None]).sum(-1)  # squeeze would return a view, which FSDP2 warns of
+    else:
+        token_T = token_T - first_token
+        here_T = (token_T >= 0) & (token_T < log_p_TV.shape[1])
+        logprob_T = log_p_TV.gather(-1, torch.where(here_T, token_T, 0)[:, None]).sum(-1)
+        logprob_T = torch.where(here_T, logprob_T, -float("inf"))
+    stats_2T = torch.stack([x_TV.detach().amax(-1), (-log_p_TV.detach().amax(-1)).exp()])  # the largest logit has p = 1 / d
     if not need_entropy:
-        return logprob_T, torch.zeros_like(logprob_T)
+        return logprob_T, torch.zeros_like(logprob_T), stats_2T
     p_TV = log_p_TV.exp()
     surprise_TV = torch.where(p_TV > 0, log_p_TV, 0.0)  # a logit of -inf contributes 0, not 0 * inf
-    return logprob_T, -(p_TV * surprise_TV).sum(-1)
+    return logprob_T, -(p_TV * surprise_TV).sum(-1), stats_2T
 
+
+def logprob_entropy_grad_torch(
+    dlogprob_T: Tensor,
+    dentropy_T: Tensor | None,
+    logits_TV: Tensor,
+    token_T: Tensor,
+    entropy_T: Tensor,
+    stats_2T: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    first_token: int = 0,
+) -> Tensor:
+    """The gradient of sum(dlogprob * logprob + dentropy * entropy) in the logits; zero where both are, whatever the row."""
+    x_TV, factor, cap_slope = _scaled_torch(logits_TV, temperature, softcap, logit_scale)
+    log_p_TV = (x_TV - stats_2T[0][:, None]) * factor - stats_2T[1].log()[:, None]
+    p_TV = log_p_TV.exp()
+    coef_TV = -dlogprob_T[:, None]
+    active_T = dlogprob_T != 0
+    if dentropy_T is not None:
+        coef_TV = coef_TV - dentropy_T[:, None] * (torch.where(p_TV > 0, log_p_TV, 0.0) + entropy_T[:, None])
+        active_T = active_T | (dentropy_T != 0)
+    grad_TV = p_TV * coef_TV
+    token_T = token_T - first_token
+    here_T = (token_T >= 0) & (token_T < grad_TV.shape[1])
+    grad_TV.scatter_add_(1, torch.where(here_T, token_T, 0)[:, None], torch.where(here_T, dlogprob_T, 0.0)[:, None])
+    slope = factor if softcap is None else factor * logit_scale * cap_slope
+    return torch.where(active_T[:, None], grad_TV * slope, 0.0).to(logits_TV.dtype)
+
+
+def _scaled_torch(
+    logits_TV: Tensor, temperature: float | Tensor, softcap: float | None, logit_scale: float
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """x and factor with softmax(x * factor) meant, and the slope of the soft-cap."""
+    x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
+    if softcap is None:
+        return x_TV, logit_scale / temperature, None
+    tanh_TV = torch.tanh(x_TV * (logit_scale / softcap))
+    return softcap * tanh_TV, 1 / temperature, 1 - tanh_TV.square()
+
+
+def merge_ranks(
+    logprob_T: Tensor,
+    entropy_T: Tensor,
+    stats_2T: Tensor,
+    factor: float | Tensor,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of whole rows, from those of the columns that each rank of a group has: one all-gather of 4 floats a row.
+
+    factor: (T,) or a number; softmax(x * factor) is meant.
+    """
+    mine_4T = torch.stack([logprob_T, entropy_T, *stats_2T])
+    world = dist.get_world_size(group)
+    parts = mine_4T.new_empty(world * len(mine_4T), mine_4T.shape[1])
+    dist.all_gather_into_tensor(parts, mine_4T, group=group)
+    parts_R4T = parts.view(world, *mine_4T.shape)
+    logprob_RT, entropy_RT, max_RT, d_RT = parts_R4T.unbind(1)
+    max_T = max_RT.amax(0)
+    d_RT = d_RT * ((max_RT - max_T) * factor).exp()  # one base for all; 0 of a rank with nothing but -inf
+    d_T = d_RT.sum(0)
+    share_RT = d_RT / d_T
+    absent_RT = share_RT == 0  # its own log-probability and entropy are NaN
+    log_share_RT = share_RT.log()
+    logprob_T = torch.where(absent_RT, -float("inf"), logprob_RT + log_share_RT).amax(0)  # -inf but on the token's rank
+    entropy_T = torch.where(absent_RT, 0.0, share_RT * (entropy_RT - log_share_RT)).sum(0)  # the chain rule of entropy
+    return logprob_T, entropy_T, torch.stack([max_T, d_T])
+
+
+# --- device functions -------------------------------------------------------------------------
+#
+# A row of V logits starts anywhere: with an odd vocabulary most rows are not aligned to a vector load. So a row is a body,
+# which starts at a multiple of ROW_ALIGN elements and is a multiple of ROW_ALIGN long, and a fringe of at most
+# 2 * ROW_ALIGN - 2 elements before and after it. ALIGNED says that no row has a fringe.
+
+
+@triton.jit
+def row_layout(t, stride_t, V, ALIGNED: tl.constexpr):
+    """Offset of row t, offset of its body, elements before the body, elements in it."""
+    start = t.to(tl.int64) * stride_t  # t * V passes 2**31 at 16k tokens of a 128k vocabulary
+    if ALIGNED:
+        return start, start, 0, V
+    else:
+        body = (start + (ALIGN - 1)) // ALIGN * ALIGN
+        lead = tl.minimum(body - start, V).to(tl.int32)
+        return start, body, lead, tl.multiple_of((V - lead) // ALIGN * ALIGN, ALIGN)
+
+
+@triton.jit
+def fringe_of(lead, size, V):
+    """Columns of the elements outside the body, and which of 2 * ALIGN lanes have one."""
+    lane = tl.arange(0, 2 * ALIGN)
+    v = tl.where(lane < ALIGN, lane, lead + size + lane - ALIGN)
+    return v, tl.where(lane < ALIGN, lane < lead, v < V)
+
+
+@triton.jit
+def soft_cap(x, logit_scale, softcap):
+    """softcap * tanh(x * logit_scale / softcap), and 1 - tanh**2."""
+    y = x * (logit_scale / softcap)
+    y2 = y * y
+    # Near 0 the other form cancels: a least-squares fit of tanh(y) / y on |y| <= 0.625, 5e-9 off.
+    series = -0.33333279 + y2 * (0.13331381 + y2 * (-0.05373532 + y2 * (0.02062629 + y2 * -0.00569199)))
+    near = y + y * (y2 * series)
+    far = 1 - 2 / (1 + tl.exp2(y * (2 * LOG2E)))
+    tanh = tl.where(tl.abs(y) < 0.625, near, far)
+    return softcap * tanh, 1 - tanh * tanh
+
+
+@triton.jit
+def fold(m, d, s, x, inside, c, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, NEED_ENTROPY: tl.constexpr):
+    """Takes a block into the row's max m, d = sum 2**y and s = sum 2**y * y, with y = (x - m) * c. Outside, x is -inf."""
+    x = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        x = tl.where(inside, soft_cap(x, logit_scale, softcap)[0], -float("inf"))
+    m_new = tl.maximum(m, tl.max(x))
+    base = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
+    y = (x - base) * c
+    e = tl.exp2(y)
+    shift = tl.where(m == -float("inf"), 0.0, (m - base) * c)
+    alpha = tl.where(m == -float("inf"), 0.0, tl.exp2(shift))
+    if NEED_ENTROPY:
+        s = alpha * (s + shift * d) + tl.sum(e * tl.maximum(y, -200.0))  # 2**-200 is 0, and 0 * -inf would be NaN
+    return m_new, d * alpha + tl.sum(e), s
+
+
+@triton.jit
+def fold_row(
+    logits_ptr, t, stride_t, V, c, logit_scale, softcap,
+    ALIGNED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_ENTROPY: tl.constexpr, EVICT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One read of row t: its m, d and s (see fold), and the block that was read last."""
+    start, body, lead, size = row_layout(t, stride_t, V, ALIGNED)
+    m, d, s = -float("inf"), 0.0, 0.0
+    if not ALIGNED:
+        v, inside = fringe_of(lead, size, V)
+        x = tl.load(logits_ptr + start + v, mask=inside, other=-float("inf"))
+        m, d, s = fold(m, d, s, x, inside, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
+    row_ptr = logits_ptr + body
+    p = tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + p, mask=p < size, other=-float("inf"), eviction_policy=EVICT)
+    for offset in range(BLOCK, size, BLOCK):
+        q = offset + p
+        ahead = tl.load(row_ptr + q, mask=q < size, other=-float("inf"), eviction_policy=EVICT)  # in flight during the fold
+        m, d, s = fold(m, d, s, x, p < size, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
+        x = ahead
+    last = tl.maximum(size - 1, 0) // BLOCK * BLOCK
+    m, d, s = fold(m, d, s, x, last + p < size, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
+    return m, d, s, x
+
+
+@triton.jit
+def load_token(logits_ptr, t, stride_t, V, token, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The (soft-capped) logit of a token; -inf for one outside [0, V)."""
+    here = (token >= 0) & (token < V)
+    x = tl.load(logits_ptr + t.to(tl.int64) * stride_t + token, mask=here, other=-float("inf")).to(tl.float32)
+    if HAS_SOFTCAP:
+        x = tl.where(here, soft_cap(x, logit_scale, softcap)[0], x)
+    return x
+
+
+@triton.jit
+def scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    """For softmax(x * scale / temperature): scale, temperature, log2(e) * scale / temperature, and the slope in the logits
+    (less the soft-cap's own). Divided exactly: y reaches -30, so each rounding of its factor costs 2e-6."""
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + t)
+    slope = tl.div_rn(logit_scale, temperature)
+    if HAS_SOFTCAP:
+        return 1.0, temperature, tl.div_rn(LOG2E, temperature), slope
+    else:
+        return logit_scale, temperature, tl.div_rn(logit_scale * LOG2E, temperature), slope
+
+
+@triton.jit
+def token_logprob(x, m, scale, temperature, log_d):
+    """(x - m) * scale / temperature - log_d with its roundings carried along: a rare token's -20 keeps half an ulp, 1e-6."""
+    a = x - m
+    back = a - x
+    low = (x - (a - back)) - (m + back)
+    b = a * scale
+    low = tl.fma(a, scale, -b) + low * scale
+    q = tl.div_rn(b, temperature)
+    low = (tl.fma(-q, temperature, b) + low) / temperature
+    r = q - log_d
+    back = r - q
+    low += (q - (r - back)) - (log_d + back)
+    return tl.where(x == -float("inf"), x, r + low)
+
+
+@triton.jit
+def grad_block(
+    x, chosen, m, inv_d, c, slope, g, g_entropy, entropy_less_log_d, logit_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, HAS_G_ENTROPY: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """slope * (g * (chosen - p) - g_entropy * p * (log p + entropy)) for a block of logits."""
+    x = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        x, cap_slope = soft_cap(x, logit_scale, softcap)
+    y = (x - m) * c
+    p = tl.exp2(y) * inv_d
+    coef = -g
+    if HAS_G_ENTROPY:
+        coef = coef - g_entropy * (tl.maximum(y, -200.0) * LN2 + entropy_less_log_d)
+    grad = p * coef
+    grad = tl.where(chosen, grad + g, grad) * slope
+    if HAS_SOFTCAP:
+        grad = grad * cap_slope
+    return grad.to(dtype)
+
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["stats_stride"])  # it changes with T
+def _logprob_entropy_kernel(
+    logprob_ptr,  # (T,) f32, written
+    entropy_ptr,  # (T,) f32, written
+    stats_ptr,  # (2, T) f32, written: max m of the (soft-capped) row, and d, see fold
+    logits_ptr,  # (T, V), stride 1 along V
+    token_ptr,  # (T,) i64, counted from first_token
+    temperature_ptr,  # (T,) f32, or None: temperature
+    stats_stride,  # in elements
+    logits_stride_t,
+    V,
+    first_token,
+    temperature,
+    logit_scale,
+    softcap,
+    ALIGNED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEED_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.program_id(0)
+    token = tl.load(token_ptr + t) - first_token
+    x_token = load_token(logits_ptr, t, logits_stride_t, V, token, logit_scale, softcap, HAS_SOFTCAP)
+    scale, temperature, c, _ = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
+    m, d, s, _ = fold_row(
+        logits_ptr,
+        t,
+        logits_stride_t,
+        V,
+        c,
+        logit_scale,
+        softcap,
+        ALIGNED,
+        HAS_SOFTCAP,
+        NEED_ENTROPY,
+        "evict_first",
+        BLOCK,
+    )
+    log_d = tl.log(d)
+    tl.store(logprob_ptr + t, token_logprob(x_token, m, scale, temperature, log_d))
+    entropy = 0.0
+    if NEED_ENTROPY:
+        entropy = log_d - tl.div_rn(s, d) * LN2
+    tl.store(entropy_ptr + t, entropy)
+    tl.store(stats_ptr + t, m)
+    tl.store(stats_ptr + stats_stride + t, d)
+
+
+@triton.jit(do_not_specialize=["stats_stride"])  # it changes with T
+def _logprob_entropy_grad_kernel(
+    dlogits_ptr,  # (T, V), written; may be logits_ptr
+    dlogprob_ptr,  # (T,) f32
+    dentropy_ptr,  # (T,) f32, or None
+    logits_ptr,  # (T, V), stride 1 along V
+    token_ptr,  # (T,) i64, counted from first_token
+    entropy_ptr,  # (T,) f32
+    stats_ptr,  # (2, T) f32
+    temperature_ptr,  # (T,) f32, or None
+    stats_stride,  # in elements
+    dlogits_stride_t,
+    logits_stride_t,
+    V,
+    num_blocks,  # a row has
+    first_token,
+    temperature,
+    logit_scale,
+    softcap,
+    ALIGNED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.program_id(0) // num_blocks  # a 1-D grid: the second axis of a grid ends at 65,535
+    k = tl.program_id(0) % num_blocks
+    start, body, lead, size = row_layout(t, logits_stride_t, V, ALIGNED)
+    d_start = t.to(tl.int64) * dlogits_stride_t
+    p = k * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(dlogprob_ptr + t)
+    g_entropy = 0.0
+    if dentropy_ptr is not None:
+        g_entropy = tl.load(dentropy_ptr + t)
+    row_ptr = logits_ptr + body
+    # Where rows are not aligned, dlogits has rows that begin as far from a vector load's border as those of logits.
+    d_row_ptr = dlogits_ptr + (d_start if ALIGNED else (d_start + (ALIGN - 1)) // ALIGN * ALIGN)
+    if (g == 0) & (g_entropy == 0):  # not read: it may hold NaN
+        zeros = tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty)
+        tl.store(d_row_ptr + p, zeros, mask=p < size)
+        if not ALIGNED:
+            if k == 0:
+                v, inside = fringe_of(lead, size, V)
+                fringe_zeros = tl.zeros((2 * ALIGN,), dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptr + d_start + v, fringe_zeros, mask=inside)
+    else:
+        _, _, c, slope = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
+        m = tl.load(stats_ptr + t)
+        d = tl.load(stats_ptr + stats_stride + t)
+        inv_d = tl.div_rn(1.0, d)
+        entropy_less_log_d = tl.load(entropy_ptr + t) - tl.log(d)
+        token = tl.load(token_ptr + t) - first_token
+        x = tl.load(row_ptr + p, mask=p < size, other=0.0, eviction_policy="evict_first")
+        grad = grad_block(
+            x, lead + p == token, m, inv_d, c, slope, g, g_entropy, entropy_less_log_d, logit_scale, softcap,
+            HAS_SOFTCAP, dentropy_ptr is not None, dlogits_ptr.dtype.element_ty,
+        )  # fmt: skip
+        tl.store(d_row_ptr + p, grad, mask=p < size)
+        if not ALIGNED:
+            if k == 0:
+                v, inside = fringe_of(lead, size, V)
+                x_fringe = tl.load(logits_ptr + start + v, mask=inside, other=0.0)
+                grad_fringe = grad_block(
+                    x_fringe, v == token, m, inv_d, c, slope, g, g_entropy, entropy_less_log_d, logit_scale, softcap,
+                    HAS_SOFTCAP, dentropy_ptr is not None, dlogits_ptr.dtype.element_ty,
+                )  # fmt: skip
+                tl.store(dlogits_ptr + d_start + v, grad_fringe, mask=inside)
+
+
+# --- launchers --------------------------------------------------------------------------------
+
+
+def is_aligned(logits_TV: Tensor) -> bool:
+    """No row needs a fringe: all begin and end at multiples of ROW_ALIGN elements."""
+    return logits_TV.stride(0) % ROW_ALIGN == 0 and logits_TV.shape[1] % ROW_ALIGN == 0
+
+
+def empty_grad(logits_TV: Tensor) -> Tensor:
+    """(T, V) for the gradient, its rows as far from a vector load's border as those of logits_TV."""
+    T, V = logits_TV.shape
+    stride_t = V + (logits_TV.stride(0) - V) % ROW_ALIGN
+    return logits_TV.new_empty(T * stride_t).as_strided((T, V), (stride_t, 1))
+
+
+def logprob_entropy_launch(
+    logits_TV: Tensor,
+    token_T: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    need_entropy: bool,
+    first_token: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob_T, entropy_T and stats_2T. A token outside [first_token, first_token + V) has log-probability -inf."""
+    T, V = logits_TV.shape
+    logprob_T, entropy_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
+    stats_2T = torch.empty(2, T, dtype=torch.float32, device=logits_TV.device)
+    per_token = isinstance(temperature, Tensor)
+    block, num_warps = blocks(V, most=BLOCK, per_warp=PER_WARP)
+    _logprob_entropy_kernel[(T,)](
+        logprob_T, entropy_T, stats_2T, logits_TV, token_T, temperature if per_token else None,
+        stats_2T.stride(0), logits_TV.stride(0), V, first_token,
+        1.0 if per_token else temperature, logit_scale, softcap or 1.0,
+        ALIGNED=is_aligned(logits_TV), HAS_SOFTCAP=softcap is not None, NEED_ENTROPY=need_entropy, BLOCK=block,
+        num_warps=num_warps, **LAUNCH,
+    )  # fmt: skip
+    return logprob_T, entropy_T, stats_2T
+
+
+def logprob_entropy_grad_launch(
+    dlogits_TV: Tensor,
+    dlogprob_T: Tensor,
+    dentropy_T: Tensor | None,
+    logits_TV: Tensor,
+    token_T: Tensor,
+    entropy_T: Tensor,
+    stats_2T: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    first_token: int = 0,
+) -> None:
+    """Writes dlogits_TV, which may be logits_TV itself."""
+    T, V = logits_TV.shape
+    per_token = isinstance(temperature, Tensor)
+    block, num_warps = blocks(V, most=BLOCK, per_warp=PER_WARP)
+    num_blocks = triton.cdiv(V, block)
+    _logprob_entropy_grad_kernel[(T * num_blocks,)](
+        dlogits_TV, dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T,
+        temperature if per_token else None, stats_2T.stride(0), dlogits_TV.stride(0), logits_TV.stride(0), V,
+        num_blocks, first_token, 1.0 if per_token else temperature, logit_scale, softcap or 1.0,
+        ALIGNED=is_aligned(logits_TV) and is_aligned(dlogits_TV), HAS_SOFTCAP=softcap is not None, BLOCK=block,
+        num_warps=num_warps, **LAUNCH,
+    )  # fmt: skip
+
+
+# --- ops --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rlsp_kernels::logprob_entropy", mutates_args=())
+def _logprob_entropy_op(
+    logits_TV: Tensor,
+    token_T: Tensor,
+    temperature: float,
+    temperature_T: Tensor | None,
+    softcap: float | None,
+    need_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob_T, entropy_T, and (2, T) stats that backward needs."""
+    scale = temperature if temperature_T is None else temperature_T
+    if runs_triton(backend, logits_TV):
+        return logprob_entropy_launch(logits_TV, token_T, scale, softcap, 1.0, need_entropy)
+    return logprob_entropy_torch(logits_TV, token_T, temperature=scale, softcap=softcap, need_entropy=need_entropy)
+
+
+@_logprob_entropy_op.register_fake
+def _(logits_TV, token_T, temperature, temperature_T, softcap, need_entropy, inplace_backward, backend):
+    T = logits_TV.shape[0]
+    dtype = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
+    logprob_T, entropy_T = (logits_TV.new_empty(T, dtype=dtype) for _ in range(2))
+    return logprob_T, entropy_T, logits_TV.new_empty(2, T, dtype=dtype)
+
+
+def logprob_entropy_grad(
+    dlogits_TV: Tensor,
+    dlogprob_T: Tensor,
+    dentropy_T: Tensor | None,
+    logits_TV: Tensor,
+    token_T: Tensor,
+    entropy_T: Tensor,
+    stats_2T: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    triton_: bool,
+    first_token: int = 0,
+) -> None:
+    """Writes dlogits_TV, which may be logits_TV itself."""
+    if triton_:
+        logprob_entropy_grad_launch(
+            dlogits_TV, dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T, temperature, softcap, logit_scale,
+            first_token,
+        )  # fmt: skip
+    else:
+        grad_TV = logprob_entropy_grad_torch(
+            dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T,
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, first_token=first_token,
+        )  # fmt: skip
+        dlogits_TV.copy_(grad_TV)
+
+
+@torch.library.custom_op("rlsp_kernels::logprob_entropy_grad", mutates_args=())
+def _logprob_entropy_grad_op(
+    dlogprob_T: Tensor,
+    dentropy_T: Tensor | None,
+    logits_TV: Tensor,
+    token_T: Tensor,
+    entropy_T: Tensor,
+    stats_2T: Tensor,
+    temperature: float,
+    temperature_T: Tensor | None,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    dlogits_TV = empty_grad(logits_TV)
+    scale = temperature if temperature_T is None else temperature_T
+    logprob_entropy_grad(
+        dlogits_TV, dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T, scale, softcap, 1.0,
+        runs_triton(backend, logits_TV),
+    )  # fmt: skip
+    return dlogits_TV
+
+
+@_logprob_entropy_grad_op.register_fake
+def _(dlogprob_T, dentropy_T, logits_TV, *_):
+    return empty_grad(logits_TV)
+
+
+@torch.library.custom_op("rlsp_kernels::logprob_entropy_grad_", mutates_args=("logits_TV",))
+def _logprob_entropy_grad_inplace_op(
+    dlogprob_T: Tensor,
+    dentropy_T: Tensor | None,
+    logits_TV: Tensor,
+    token_T: Tensor,
+    entropy_T: Tensor,
+    stats_2T: Tensor,
+    temperature: float,
+    temperature_T: Tensor | None,
+    softcap: float | None,
+    backend: str,
+) -> None:
+    scale = temperature if temperature_T is None else temperature_T
+    logprob_entropy_grad(
+        logits_TV, dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T, scale, softcap, 1.0,
+        runs_triton(backend, logits_TV),
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    logits_TV, token_T, ctx.temperature, temperature_T, ctx.softcap, ctx.need_entropy, ctx.inplace, ctx.backend = inputs
+    _, entropy_T, stats_2T = output
+    ctx.save_for_backward(logits_TV, token_T, temperature_T, entropy_T, stats_2T)
+    ctx.mark_non_differentiable(stats_2T)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dlogprob_T, dentropy_T, _):
+    logits_TV, token_T, temperature_T, entropy_T, stats_2T = ctx.saved_tensors
+    dlogprob_T = torch.zeros_like(entropy_T) if dlogprob_T is None else dlogprob_T.contiguous()
+    dentropy_T = dentropy_T.contiguous() if dentropy_T is not None and ctx.need_entropy else None
+    args = (token_T, entropy_T, stats_2T, ctx.temperature, temperature_T, ctx.softcap, ctx.backend)
+    if ctx.inplace:
+        dlogits_TV = logits_TV.detach()
+        _logprob_entropy_grad_inplace_op(dlogprob_T, dentropy_T, dlogits_TV, *args)
+    else:
+        dlogits_TV = _logprob_entropy_grad_op(dlogprob_T, dentropy_T, logits_TV, *args)
+    return dlogits_TV, None, None, None, None, None, None, None
+
+
+_logprob_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 
 # --- public -----------------------------------------------------------------------------------
 
@@ -43,31 +587,78 @@ def logprob_entropy(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     need_entropy: bool = True,
+    inplace_backward: bool = False,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """log softmax(z)[token] and -sum softmax(z) log softmax(z), with z = softcap * tanh(logits / softcap) / temperature.
 
     Args:
-        logits_TV: (T, V) f32, f16, bf16 or f64; differentiable.
-        token_T: (T,) i64, each in [0, V). Not checked on a GPU: no host sync.
+        logits_TV: (T, V) f32, f16, bf16 or f64, stride 1 along V; differentiable.
+        token_T: (T,) i64, each in [0, V). Not checked on a GPU (no host sync): another one has log-probability -inf.
         temperature: > 0, one number or (T,) f32, one per token; what the rollout was sampled with.
         softcap: Gemma's logit cap, > 0; None is off.
         need_entropy: False skips it and returns zeros.
+        inplace_backward: backward writes the gradient over logits_TV, which saves a (T, V) buffer. Whatever else needs
+            their values in backward then fails with autograd's message; a second backward does too.
+        backend: "auto" is Triton on a GPU and plain torch on a CPU.
     Returns:
-        logprob_T, entropy_T: (T,) f32 (f64 for f64 logits), both differentiable.
+        logprob_T, entropy_T: (T,) f32 (f64 for f64 logits), both differentiable, once.
     Raises:
-        ValueError: on a wrong shape, dtype or temperature.
+        ValueError: on a wrong shape, dtype, stride or temperature.
+        RuntimeError: when the backend asked for cannot run.
+    Cost: forward reads logits once and keeps 8 bytes a row; backward reads and writes once. Rows whose two upstream
+        gradients are zero are not read.
+    Accuracy: no worse than twice torch's own error in the same dtype, against float64 (tests/test_kernels.py).
+    Source: online softmax, Milakov & Gimelshein, arXiv:1805.02867; entropy gradient -p * (log p + H).
     """
     check_logits(logits_TV, token_T, temperature, softcap)
-    return logprob_entropy_torch(logits_TV, token_T, temperature=temperature, softcap=softcap, need_entropy=need_entropy)
+    if inplace_backward:
+        check_inplace("inplace_backward", logits_TV)
+    per_token = isinstance(temperature, Tensor)
+    logprob_T, entropy_T, _ = _logprob_entropy_op(
+        logits_TV,
+        token_T,
+        1.0 if per_token else float(temperature),
+        row_numbers(temperature) if per_token else None,
+        softcap,
+        need_entropy,
+        inplace_backward,
+        backend,
+    )
+    return logprob_T, entropy_T
+
+
+def row_numbers(x_T: Tensor) -> Tensor:
+    """(T,) contiguous, constant to autograd, in float32 or (for float64) as it is."""
+    return x_T.detach().to(x_T.dtype if x_T.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def check_logits(logits_TV: Tensor, token_T: Tensor, temperature: float | Tensor, softcap: float | None) -> None:
     """The refusals that every op on logits shares."""
     if logits_TV.ndim != 2 or token_T.shape != logits_TV.shape[:1]:
         raise ValueError(f"want logits (T, V) and token (T,), got {tuple(logits_TV.shape)} and {tuple(token_T.shape)}")
+    if not logits_TV.is_floating_point():
+        raise ValueError(f"logits_TV must be floating point, got {logits_TV.dtype}")
+    if logits_TV.stride(1) != 1 and logits_TV.shape[1] > 1:
+        raise ValueError(f"logits_TV must have stride 1 along V, got strides {logits_TV.stride()}: call .contiguous()")
     if token_T.dtype != torch.int64:
         raise ValueError(f"token_T must be int64, got {token_T.dtype}")
+    check_device("token_T", token_T, logits_TV)
     check_scaling(token_T, temperature, softcap)
+
+
+def check_inplace(name: str, logits_TV: Tensor) -> None:
+    """The gradient may overwrite the logits."""
+    if logits_TV.shape[0] > 1 and logits_TV.stride(0) < logits_TV.shape[1]:
+        raise ValueError(f"{name}=True needs rows of logits_TV that do not overlap, got strides {logits_TV.stride()}")
+    if logits_TV.requires_grad and logits_TV.is_leaf:
+        raise ValueError(f"{name}=True would overwrite a leaf that requires grad: pass {name}=False")
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """One device for all: a kernel would read another's memory."""
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, the others on {like.device}: move them to one device")
 
 
 def check_scaling(token_T: Tensor, temperature: float | Tensor, softcap: float | None) -> None:
@@ -75,6 +666,7 @@ def check_scaling(token_T: Tensor, temperature: float | Tensor, softcap: float |
     if isinstance(temperature, Tensor):
         if temperature.shape != token_T.shape:
             raise ValueError(f"temperature must be a number or (T,), got {tuple(temperature.shape)}")
+        check_device("temperature", temperature, token_T)
     elif not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if softcap is not None and not softcap > 0:

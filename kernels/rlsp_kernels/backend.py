@@ -1,0 +1,69 @@
+"""Which implementation of an op runs, and the options that every Triton launch shares."""
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
+
+# ex2(x * c - m) as one fused multiply-add each: Triton 3.10 turns fusion off unless asked.
+LAUNCH = {"enable_fp_fusion": True}
+
+ROW_ALIGN = 16  # elements: 32 bytes of bf16, a multiple of the 16 bytes of one vector load in every dtype
+
+
+def runs_triton(backend: Backend, tensor: Tensor) -> bool:
+    """Whether the op runs in Triton: "auto" means on a GPU, in float32, float16 and bfloat16. float64 is always plain torch.
+
+    Raises:
+        ValueError: on another name.
+        RuntimeError: when Triton is asked for by name and cannot run on this tensor.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be auto, torch or triton, got {backend!r}")
+    if backend == "auto":
+        return tensor.device.type in ("cuda", "xpu") and tensor.dtype != torch.float64
+    if backend == "triton":
+        if tensor.dtype == torch.float64:
+            raise RuntimeError("backend='triton' computes in float32; float64 runs in plain torch (backend='torch')")
+        if tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
+            raise RuntimeError(
+                "backend='triton' on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+            )
+    return backend == "triton"
+
+
+def blocks(size: int, most: int, per_warp: int) -> tuple[int, int]:
+    """Block for a loop over `size` elements, and its number of warps."""
+    block = min(most, max(64, triton.next_power_of_2(size)))
+    return block, max(1, block // per_warp)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, stride, size, num_blocks, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1:
+        row = (tl.program_id(0) // num_blocks).to(tl.int64)
+        i = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * stride + i, mask=i < size).to(tl.float32)
+        tl.store(x_ptr + row * stride + i, (x * factor).to(x_ptr.dtype.element_ty), mask=i < size)
+
+
+@torch.library.custom_op("rlsp_kernels::scale_", mutates_args=("x",))
+def scale_(x: Tensor, factor: Tensor, backend: str) -> None:
+    """x *= factor for (N, M) x and 0-d factor; nothing is read or written where it is 1, as a loss's gradient mostly is."""
+    if not runs_triton(backend, x):
+        if factor != 1:
+            x.mul_(factor)
+        return
+    rows, size = x.shape
+    num_blocks = triton.cdiv(size, 8192)
+    _scale_kernel[(rows * num_blocks,)](x, factor, x.stride(0), size, num_blocks, BLOCK=8192, num_warps=8, **LAUNCH)
+
+
+@scale_.register_fake
+def _(x, factor, backend):
+    return None
