@@ -11,7 +11,7 @@ Log-probability and entropy from hidden states (T, D) and the output projection 
 
 The logits through device memory and back are 2 T V size bytes more, at T = 16384 and V = 128256 in bf16 8.4 GB: 2 ms on an H200
 beside the product's 22 to 25. "share" is of the rate of the bare product of all tokens, which is measured in the same run and
-writes the whole (T, V). Errors are against float64 on 64 tokens, from the same rounded inputs: for each provider against its
+writes the whole (T, V). Errors are against float64 on 256 tokens, from the same rounded inputs: for each provider against its
 own task. Hidden states in bf16 are multiplied into bf16 logits by most, so the errors are those of rounding a logit, unless the
 provider says otherwise.
 """

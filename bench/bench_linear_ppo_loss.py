@@ -22,7 +22,7 @@ Providers:
   others                    their log-probabilities, then the loss on (N,) tensors by torch.compile
   scalar losses             the sum of the cross entropy, which is not a policy gradient: their 3 products are the time to beat
 "share" is of the rate of the bare product of the logits in the same run; "3 matrix products" are bare as well, written to
-memory allocated beforehand. Errors are against float64 on 64 tokens, from the same rounded inputs: for each provider against
+memory allocated beforehand. Errors are against float64 on 256 tokens, from the same rounded inputs: for each provider against
 its own task.
 """
 

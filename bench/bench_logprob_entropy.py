@@ -9,7 +9,7 @@ Log-probability of one token a row and the entropy of the row, from logits (T, V
             differ from row to row, and the forward that comes before is not timed.
 
 No FLOP bound: one exponential an element is half the memory time on Hopper. "share" is of what torch's copy_ reaches in the
-same run. Errors are against float64 on 64 tokens of the same vocabulary: for each provider against its own task.
+same run. Errors are against float64 on 256 tokens of the same vocabulary: for each provider against its own task.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ Providers:
   liger triton_grpo_loss        Liger's whole loss
   quack cross_entropy_fwd, dx   cross entropy and its gradient, the row kept on chip: 1 read and 1 write, but no policy gradient
   others                        their log-probabilities, then the loss on (T,) tensors by torch.compile
-"share" is of what torch's copy_ reaches in the same run. Errors are against float64 on 64 tokens of the same vocabulary: for
+"share" is of what torch's copy_ reaches in the same run. Errors are against float64 on 256 tokens of the same vocabulary: for
 each provider against its own task.
 """
 

@@ -9,7 +9,7 @@ Forward and backward over T packed float32 tokens, called as a trainer calls the
   value_loss   20 bytes a token: value, old value, return and weight read, gradient written; the loss is one number
 
 At 16384 tokens that is less than half a megabyte: launching costs more than moving, and the microseconds count, not the GB/s.
-"share" is of what torch's copy_ of as many bytes reaches in the same run. Errors are against float64 on 64 tokens.
+"share" is of what torch's copy_ of as many bytes reaches in the same run. Errors are against float64 on 256 tokens.
 """
 
 from collections.abc import Callable, Sequence

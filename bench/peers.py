@@ -144,7 +144,7 @@ def _trl_logits(device: str) -> Iterator[Peer]:
 
 
 def _flash_attn(device: str) -> Iterator[Peer]:
-    _bare("flash_attn")  # its __init__ loads the compiled attention, which this kernel does without
+    bare("flash_attn")  # its __init__ loads the compiled attention, which this kernel does without
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     need_gpu(device)
@@ -302,7 +302,7 @@ def _loaded(loaders: Sequence[Callable[[str], Iterator[Peer]]], device: str, onl
     return peers
 
 
-def _bare(package: str, folder: Path | None = None) -> Path:
+def bare(package: str, folder: Path | None = None) -> Path:
     """Makes a package importable without running its __init__, and returns its folder."""
     if package not in sys.modules:
         if folder is None:
@@ -318,4 +318,4 @@ def _bare(package: str, folder: Path | None = None) -> Path:
 
 def _bare_verl() -> None:
     """verl's __init__ imports Ray and its utils half of verl; what is used here needs tensordict and transformers only."""
-    _bare("verl.utils", _bare("verl") / "utils")
+    bare("verl.utils", bare("verl") / "utils")

@@ -21,7 +21,7 @@ from rows import append, installed, origin
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SLICE_TOKENS = 64  # errors are measured on so many tokens, in float64
+SLICE_TOKENS = 256  # errors are measured on so many, two tiles of the peers' kernels
 
 Results = Mapping[str, Tensor]
 
@@ -148,7 +148,8 @@ def measure(
         except Exception as error:  # whatever a peer raises must not end the others' run
             if not provider.package:
                 raise
-            print(f"{provider.name}: left out, {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+            reason = (str(error).strip().splitlines() or [""])[0]
+            print(f"{provider.name}: left out, {type(error).__name__}: {reason[:160]}")
     flush = torch.empty((256 if device == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
     slow = {name for name, taken in times.items() if taken.cold_ms.pop() > 1000}
     for turn in range(repeats):
