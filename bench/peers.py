@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Literal
 
@@ -312,6 +313,7 @@ def bare(package: str, folder: Path | None = None) -> Path:
             folder = Path(next(iter(spec.submodule_search_locations)))
         module = types.ModuleType(package)
         module.__path__ = [str(folder)]
+        module.__spec__ = ModuleSpec(package, None, is_package=True)  # without one, find_spec of others raises
         sys.modules[package] = module
     return Path(next(iter(sys.modules[package].__path__)))
 
