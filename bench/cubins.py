@@ -15,12 +15,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
-from rlsp_kernels.backend import LAUNCH, _scale_kernel, blocks
+from rlsp_kernels.backend import LAUNCH, _scale_kernel, blocks, tile_shape
 from rlsp_kernels.kl import _kl_penalty_kernel
-from rlsp_kernels.logprob_entropy import BLOCK, PER_WARP, _logprob_entropy_grad_kernel, _logprob_entropy_kernel
-from rlsp_kernels.ppo_loss import BLOCK as PPO_BLOCK
-from rlsp_kernels.ppo_loss import PER_WARP as PPO_PER_WARP
+from rlsp_kernels.logprob_entropy import (
+    GRAD_BLOCK,
+    GRAD_PER_WARP,
+    MOST_THREADS,
+    TILE_ROWS,
+    _logprob_entropy_grad_kernel,
+    _logprob_entropy_kernel,
+)
+from rlsp_kernels.ppo_loss import MOST_THREADS as PPO_THREADS
+from rlsp_kernels.ppo_loss import TILE_ROWS as PPO_ROWS
 from rlsp_kernels.ppo_loss import _ppo_loss_kernel, _reduce_kernel
 from rlsp_kernels.value_loss import _value_loss_kernel
 from triton.backends.compiler import GPUTarget
@@ -43,25 +51,30 @@ def row_args(dtype: str, V: int, **options: object) -> dict[str, object]:
     } | options  # fmt: skip
 
 
+def tile(dtype: str, V: int, most_rows: int, most_threads: int) -> tuple[dict[str, object], int]:
+    """The constants of a tile, and its warps."""
+    shape = tile_shape(V, torch.float32 if dtype == "*fp32" else torch.bfloat16, most_rows, most_threads)
+    return dict(zip(("ROWS", "THREADS", "VECTOR"), shape, strict=True)), shape[1] // 32
+
+
 def forward(dtype: str, V: int, **options: object) -> tuple[object, dict[str, object], int]:
-    block, num_warps = blocks(V, most=BLOCK, per_warp=PER_WARP)
-    args = row_args(dtype, V, logprob_ptr="*fp32", BLOCK=block)
+    constants, num_warps = tile(dtype, V, TILE_ROWS, MOST_THREADS)
+    args = row_args(dtype, V, logprob_ptr="*fp32") | constants
     return _logprob_entropy_kernel, args | options, num_warps
 
 
 def grad(dtype: str, V: int, **options: object) -> tuple[object, dict[str, object], int]:
-    block, num_warps = blocks(V, most=BLOCK, per_warp=PER_WARP)
+    block, num_warps = blocks(V, most=GRAD_BLOCK, per_warp=GRAD_PER_WARP)
     args = row_args(dtype, V, dlogits_ptr=dtype, dlogprob_ptr="*fp32", dentropy_ptr="*fp32", num_blocks=-(-V // block))
     return _logprob_entropy_grad_kernel, args | {"BLOCK": block} | options, num_warps
 
 
 def ppo(dtype: str, V: int, **options: object) -> tuple[object, dict[str, object], int]:
-    half = 2 if options.get("HAS_SOFTCAP") else 1
-    block, num_warps = blocks(V, most=PPO_BLOCK // half, per_warp=PPO_PER_WARP // half)
+    constants, num_warps = tile(dtype, V, 1 if options.get("HAS_SOFTCAP") else PPO_ROWS, PPO_THREADS)
     columns = ("columns", "old_logprob", "advantage", "weight", "importance_weight", "ref_logprob")
     args = row_args(dtype, V, dlogits_ptr=dtype, columns_stride=16384) | {f"{name}_ptr": "*fp32" for name in columns}
     args |= {name: 0.2 for name in ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef")}
-    args |= {"HAS_G_ENTROPY": True, "HAS_DUAL": True, "KL_KIND": 3, "BLOCK": block}
+    args |= {"HAS_G_ENTROPY": True, "HAS_DUAL": True, "KL_KIND": 3} | constants
     return _ppo_loss_kernel, args | options, num_warps
 
 

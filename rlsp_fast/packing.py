@@ -1,6 +1,7 @@
 """Sequences of different lengths laid end to end, in micro-batches under a token budget, balanced over ranks.
 
-Axes: T packed positions, N of them predict response tokens, S sequences. No padding: T is the sum of the lengths. What a position predicts: types.predicted.
+Axes: T packed positions, N of them predict response tokens, S sequences. No padding: T is the sum of the lengths. What a
+position predicts: types.predicted.
 """
 
 from collections.abc import Sequence

@@ -22,19 +22,20 @@ from rlsp_kernels import (
     ppo_loss,
     value_loss,
 )
-from rlsp_kernels.logprob_entropy import BLOCK
-from rlsp_kernels.ppo_loss import BLOCK as PPO_BLOCK
 from torch.library import opcheck
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if GPU else []
 OPS = torch.ops.rlsp_kernels
 
 # One odd, so that rows begin anywhere; one prime; Llama 2's; GPT-2's, odd and large. Then those of Llama 3, Qwen 2.5 (small and
 # 7B) and Gemma 3, which take the interpreter minutes.
 SMALL = [257, 2053, 32000, 50257]
 LARGE = [pytest.param(V, marks=pytest.mark.gpu) for V in (128256, 151936, 152064, 262144)]
+# float32 elements of a tile of each kernel.
+BLOCK, PPO_BLOCK = 4096, 8192
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SOFTCAP = 20.0
 SCALINGS = {"plain": {}, "temperature": {"temperature": 0.7}, "softcap, temperature per token": {"softcap": SOFTCAP}}
@@ -57,17 +58,14 @@ def double(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def assert_no_worse(ours, torchs, truth, dtype=torch.float32, softcap=False):
-    """At most twice torch's error in the same dtype, and one rounding of the largest number.
-
-    A soft-capped logit near SOFTCAP is itself rounded, which moves its probability by that much times its size.
-    """
+def assert_no_worse(ours, torchs, truth, dtype=torch.float32, units=1.0):
+    """At most twice torch's error in the same dtype, and `units` roundings of the largest number."""
     ours, torchs, truth = ours.double(), torchs.double(), truth.double()
     if not truth.numel():
         return
     largest = truth[truth.isfinite()].abs().amax().item()
-    rounding = torch.finfo(torch.float32).eps * (SOFTCAP / 2 if softcap else 1)
-    allowed = 2 * (torchs - truth).abs().amax().item() + rounding * largest
+    rounding = units * torch.finfo(torch.float32).eps * max(largest, 1)
+    allowed = 2 * (torchs - truth).abs().amax().item() + rounding
     if dtype == torch.bfloat16 and not GPU:
         allowed += 2**-8 * largest  # the interpreter cuts bfloat16 off where a GPU rounds
     worst = (ours - truth).abs().amax().item()
@@ -103,7 +101,8 @@ def test_logprob_entropy_error_is_no_worse_than_torch(V, dtype, scaling):
     ours, torchs, truth = logprob_case(3, V, dtype, scaling)
     for x, x_torch, x_truth in zip(ours[0], torchs[0], truth[0], strict=True):
         assert_no_worse(x, x_torch, x_truth)
-    assert_no_worse(ours[1][0], torchs[1][0], truth[1][0], dtype, softcap="softcap" in scaling)
+    # Half a unit of a soft-capped logit near SOFTCAP is so many of its probability.
+    assert_no_worse(ours[1][0], torchs[1][0], truth[1][0], dtype, units=SOFTCAP / 2 if "softcap" in scaling else 1)
 
 
 # Smaller than a vector load; one block; around it; with a fringe before and after the body; two blocks and a remainder.
@@ -349,7 +348,8 @@ def test_ppo_loss_error_is_no_worse_than_torch(V, dtype, loss):
     torch.testing.assert_close(ours[0].double(), truth[0], atol=4e-6, rtol=1e-6)
     torch.testing.assert_close(ours[1], truth[1], atol=2e-5 if V > 1e5 else 1e-5, rtol=1e-6)
     assert torch.equal(ours[1][:4], truth[1][:4])  # counts
-    assert_no_worse(ours[2], torchs[2], truth[2], dtype, softcap="softcap" in scaling)
+    # The gradient is as far off as exp(logprob - old): half a unit of a log-probability near -25 is 12 of a ratio near 1.
+    assert_no_worse(ours[2], torchs[2], truth[2], dtype, units=12)
     over = results(
         lambda x, *args, **kw: call(x * 1, *args, **kw), (logits_TV, token_T, *columns), logits_TV, "triton", two, **options
     )
@@ -502,7 +502,7 @@ def test_linear_ops_equal_the_ones_on_logits_with_their_gradients(budget, dtype,
                 tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
                 torch.testing.assert_close(x.double(), x_truth.double(), atol=tolerance, rtol=tolerance)
         for x, x_torch, x_truth in zip(ours[1], torchs[1], truth[1], strict=True):
-            assert_no_worse(x, x_torch, x_truth, dtype, softcap=True)
+            assert_no_worse(x, x_torch, x_truth, dtype, units=12)
 
 
 def test_rows_that_cannot_learn_leave_before_the_first_matrix_product():

@@ -42,6 +42,14 @@ def blocks(size: int, most: int, per_warp: int) -> tuple[int, int]:
     return block, max(1, block // per_warp)
 
 
+def tile_shape(V: int, dtype: torch.dtype, most_rows: int, most_threads: int) -> tuple[int, int, int]:
+    """(rows, threads, elements of one 16-byte load) of the tiles that a row of V logits is read in."""
+    vector = 16 // dtype.itemsize
+    loads = triton.next_power_of_2(triton.cdiv(V, vector))
+    threads = max(32, min(most_threads, loads))
+    return max(1, min(most_rows, loads // threads)), threads, vector
+
+
 @triton.jit
 def _scale_kernel(x_ptr, factor_ptr, stride, size, num_blocks, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from rlsp_kernels.backend import Backend, runs_triton
 from rlsp_kernels.kl import KLKind
 from rlsp_kernels.logprob_entropy import (
+    LN2,
     check_device,
     check_scaling,
     logprob_entropy_grad,
@@ -164,8 +165,7 @@ def _row_stats(
         )  # fmt: skip
     if group is None:
         return parts
-    factor = 1 / temperature if softcap is not None else scale / temperature
-    logprob_C, entropy_C, stats_2C = merge_ranks(*parts, factor, _resolve_process_group(group))
+    logprob_C, entropy_C, stats_2C = merge_ranks(*parts, LN2.value if triton_ else 1.0, _resolve_process_group(group))
     return logprob_C, entropy_C if need_entropy else torch.zeros_like(entropy_C), stats_2C
 
 

@@ -10,13 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, ROW_ALIGN, Backend, blocks, runs_triton
+from rlsp_kernels.backend import LAUNCH, ROW_ALIGN, Backend, blocks, runs_triton, tile_shape
 
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471824645996)
+LN2_LOW: tl.constexpr = tl.constexpr(-1.904654299957768e-09)  # what the float32 above lacks
+LOG2E: tl.constexpr = tl.constexpr(1.4426950216293335)
+LOG2E_LOW: tl.constexpr = tl.constexpr(1.9259629911266175e-08)
 ALIGN: tl.constexpr = tl.constexpr(ROW_ALIGN)
+# No top is lower: -inf - -inf never comes up, and y, exact where x * c was rounded to get top, stays below 2**5.
+LOWEST: tl.constexpr = tl.constexpr(-(2.0**28))
 
-BLOCK, PER_WARP = 8192, 1024  # elements: 16 KB of bf16 in flight a program, 32 elements a thread
+TILE_ROWS, MOST_THREADS = 4, 256  # 8,192 bf16 logits a program: 16 KB in flight, twice with the tile that is read ahead
+GRAD_BLOCK, GRAD_PER_WARP = 4096, 512
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -31,12 +36,12 @@ def logprob_entropy_torch(
     need_entropy: bool = True,
     first_token: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What logprob_entropy means, in plain torch: log-probability, entropy and (2, T) stats, as the kernel gives them.
+    """What logprob_entropy means, in plain torch: log-probability, entropy and (2, T) stats for the gradient.
 
     Computes in float32, or in float64 when given float64. With first_token the columns are only those of tokens from there on.
     """
-    x_TV, factor, _ = _scaled_torch(logits_TV, temperature, softcap, logit_scale)
-    log_p_TV = (x_TV * factor).log_softmax(-1)
+    z_TV, _ = _scaled_torch(logits_TV, temperature, softcap, logit_scale)
+    log_p_TV = z_TV.log_softmax(-1)
     if first_token is None:
         logprob_T = log_p_TV.gather(-1, token_T[:, None]).sum(-1)  # squeeze would return a view, which FSDP2 warns of
     else:
@@ -44,7 +49,8 @@ def logprob_entropy_torch(
         here_T = (token_T >= 0) & (token_T < log_p_TV.shape[1])
         logprob_T = log_p_TV.gather(-1, torch.where(here_T, token_T, 0)[:, None]).sum(-1)
         logprob_T = torch.where(here_T, logprob_T, -float("inf"))
-    stats_2T = torch.stack([x_TV.detach().amax(-1), (-log_p_TV.detach().amax(-1)).exp()])  # the largest logit has p = 1 / d
+    # Max z, and the sum of exp(z - max z): the largest z has probability 1 / sum.
+    stats_2T = torch.stack([z_TV.detach().amax(-1), (-log_p_TV.detach().amax(-1)).exp()])
     if not need_entropy:
         return logprob_T, torch.zeros_like(logprob_T), stats_2T
     p_TV = log_p_TV.exp()
@@ -66,8 +72,8 @@ def logprob_entropy_grad_torch(
     first_token: int = 0,
 ) -> Tensor:
     """The gradient of sum(dlogprob * logprob + dentropy * entropy) in the logits; zero where both are, whatever the row."""
-    x_TV, factor, cap_slope = _scaled_torch(logits_TV, temperature, softcap, logit_scale)
-    log_p_TV = (x_TV - stats_2T[0][:, None]) * factor - stats_2T[1].log()[:, None]
+    z_TV, slope = _scaled_torch(logits_TV, temperature, softcap, logit_scale)
+    log_p_TV = z_TV - stats_2T[0][:, None] - stats_2T[1].log()[:, None]
     p_TV = log_p_TV.exp()
     coef_TV = -dlogprob_T[:, None]
     active_T = dlogprob_T != 0
@@ -78,49 +84,46 @@ def logprob_entropy_grad_torch(
     token_T = token_T - first_token
     here_T = (token_T >= 0) & (token_T < grad_TV.shape[1])
     grad_TV.scatter_add_(1, torch.where(here_T, token_T, 0)[:, None], torch.where(here_T, dlogprob_T, 0.0)[:, None])
-    slope = factor if softcap is None else factor * logit_scale * cap_slope
     return torch.where(active_T[:, None], grad_TV * slope, 0.0).to(logits_TV.dtype)
 
 
 def _scaled_torch(
     logits_TV: Tensor, temperature: float | Tensor, softcap: float | None, logit_scale: float
-) -> tuple[Tensor, Tensor | float, Tensor | None]:
-    """x and factor with softmax(x * factor) meant, and the slope of the soft-cap."""
+) -> tuple[Tensor, Tensor | float]:
+    """z, whose softmax is meant, and its slope in the logits."""
     x_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None]
-    if softcap is None:
-        return x_TV, logit_scale / temperature, None
-    tanh_TV = torch.tanh(x_TV * (logit_scale / softcap))
-    return softcap * tanh_TV, 1 / temperature, 1 - tanh_TV.square()
+    if logit_scale != 1.0:
+        x_TV = x_TV * logit_scale
+    slope = logit_scale / temperature
+    if softcap is not None:
+        tanh_TV = torch.tanh(x_TV / softcap)
+        x_TV, slope = softcap * tanh_TV, slope * (1 - tanh_TV.square())
+    return x_TV / temperature, slope
 
 
 def merge_ranks(
-    logprob_T: Tensor,
-    entropy_T: Tensor,
-    stats_2T: Tensor,
-    factor: float | Tensor,
-    group: dist.ProcessGroup,
+    logprob_T: Tensor, entropy_T: Tensor, stats_2T: Tensor, base: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of whole rows, from those of the columns that each rank of a group has: one all-gather of 4 floats a row.
 
-    factor: (T,) or a number; softmax(x * factor) is meant.
+    base: log of what stats_2T are in powers of: 1 for logprob_entropy_torch, log(2) for the kernel.
     """
     mine_4T = torch.stack([logprob_T, entropy_T, *stats_2T])
     world = dist.get_world_size(group)
     parts = mine_4T.new_empty(world * len(mine_4T), mine_4T.shape[1])
     dist.all_gather_into_tensor(parts, mine_4T, group=group)
-    parts_R4T = parts.view(world, *mine_4T.shape)
-    logprob_RT, entropy_RT, max_RT, d_RT = parts_R4T.unbind(1)
-    max_T = max_RT.amax(0)
-    d_RT = d_RT * ((max_RT - max_T) * factor).exp()  # one base for all; 0 of a rank with nothing but -inf
+    logprob_RT, entropy_RT, top_RT, d_RT = parts.view(world, *mine_4T.shape).unbind(1)
+    top_T = top_RT.amax(0)
+    d_RT = d_RT * ((top_RT - top_T) * base).exp()  # 0 on a rank with nothing but -inf
     d_T = d_RT.sum(0)
     share_RT = d_RT / d_T
     absent_RT = share_RT == 0  # its own log-probability and entropy are NaN
     log_share_RT = share_RT.log()
     logprob_T = torch.where(absent_RT, -float("inf"), logprob_RT + log_share_RT).amax(0)  # -inf but on the token's rank
     entropy_T = torch.where(absent_RT, 0.0, share_RT * (entropy_RT - log_share_RT)).sum(0)  # the chain rule of entropy
-    return logprob_T, entropy_T, torch.stack([max_T, d_T])
+    return logprob_T, entropy_T, torch.stack([top_T, d_T])
 
 
 # --- device functions -------------------------------------------------------------------------
@@ -128,6 +131,10 @@ def merge_ranks(
 # A row of V logits starts anywhere: with an odd vocabulary most rows are not aligned to a vector load. So a row is a body,
 # which starts at a multiple of ROW_ALIGN elements and is a multiple of ROW_ALIGN long, and a fringe of at most
 # 2 * ROW_ALIGN - 2 elements before and after it. ALIGNED says that no row has a fringe.
+#
+# What is summed is 2**y with y = x * c - top, one fused multiply-add: c = scale / temperature / log(2), top the rounded
+# maximum of x * c. Every thread keeps a top of its own while it reads, so that no warp waits for another before the row ends.
+# Instructions, not bytes, bound a softmax over bf16 on Hopper: a block-wide maximum each step took 14 an element, this 8.
 
 
 @triton.jit
@@ -151,6 +158,27 @@ def fringe_of(lead, size, V):
 
 
 @triton.jit
+def tile_of(ROWS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Positions of a tile (ROWS, THREADS, VECTOR): a thread's elements lie along the first and last axis."""
+    row, thread, element = tl.arange(0, ROWS), tl.arange(0, THREADS), tl.arange(0, VECTOR)
+    return row[:, None, None] * (THREADS * VECTOR) + thread[None, :, None] * VECTOR + element[None, None, :]
+
+
+@triton.jit
+def scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    """c, what it lacks to its exact value, and the slope of the softmax's argument in the logits, less the soft-cap's."""
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + t)
+    scale = logit_scale * 1.0
+    if HAS_SOFTCAP:
+        scale = scale * 0.0 + 1.0  # it stands inside the soft-cap
+    n = scale * LOG2E
+    n_low = tl.fma(scale, LOG2E, -n) + scale * LOG2E_LOW
+    c = tl.div_rn(n, temperature)
+    return c, (tl.fma(-c, temperature, n) + n_low) / temperature, tl.div_rn(logit_scale, temperature)
+
+
+@triton.jit
 def soft_cap(x, logit_scale, softcap):
     """softcap * tanh(x * logit_scale / softcap), and 1 - tanh**2."""
     y = x * (logit_scale / softcap)
@@ -164,80 +192,92 @@ def soft_cap(x, logit_scale, softcap):
 
 
 @triton.jit
-def fold(m, d, s, x, inside, c, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, NEED_ENTROPY: tl.constexpr):
-    """Takes a block into the row's max m, d = sum 2**y and s = sum 2**y * y, with y = (x - m) * c. Outside, x is -inf."""
+def fold(top, d, s, x, inside, c, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, NEED_ENTROPY: tl.constexpr):
+    """Takes a tile into each thread's top, d = sum 2**y and s = sum 2**y * y. What is not inside is -inf."""
     x = x.to(tl.float32)
     if HAS_SOFTCAP:
         x = tl.where(inside, soft_cap(x, logit_scale, softcap)[0], -float("inf"))
-    m_new = tl.maximum(m, tl.max(x))
-    base = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
-    y = (x - base) * c
+    higher = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0) * c)
+    y = tl.fma(x, c, -higher[None, :, None])
     e = tl.exp2(y)
-    shift = tl.where(m == -float("inf"), 0.0, (m - base) * c)
-    alpha = tl.where(m == -float("inf"), 0.0, tl.exp2(shift))
+    shift = top - higher
+    alpha = tl.exp2(shift)
     if NEED_ENTROPY:
-        s = alpha * (s + shift * d) + tl.sum(e * tl.maximum(y, -200.0))  # 2**-200 is 0, and 0 * -inf would be NaN
-    return m_new, d * alpha + tl.sum(e), s
+        ey = e * tl.maximum(y, -200.0)  # 2**-200 is 0, and 0 * -inf would be NaN
+        s = alpha * (s + shift * d) + tl.sum(tl.sum(ey, axis=2), axis=0)
+    return higher, d * alpha + tl.sum(tl.sum(e, axis=2), axis=0), s
+
+
+@triton.jit
+def fold_threads(top, d, s):
+    """The state of all threads together."""
+    highest = tl.max(top)
+    shift = top - highest
+    alpha = tl.exp2(shift)
+    return highest, tl.sum(alpha * d), tl.sum(alpha * (s + shift * d))
 
 
 @triton.jit
 def fold_row(
     logits_ptr, t, stride_t, V, c, logit_scale, softcap,
-    ALIGNED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_ENTROPY: tl.constexpr, EVICT: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_ENTROPY: tl.constexpr, EVICT: tl.constexpr,
+    ROWS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One read of row t: its m, d and s (see fold), and the block that was read last."""
+    """One read of row t: its top, d and s, and the tile that was read last."""
     start, body, lead, size = row_layout(t, stride_t, V, ALIGNED)
-    m, d, s = -float("inf"), 0.0, 0.0
-    if not ALIGNED:
-        v, inside = fringe_of(lead, size, V)
-        x = tl.load(logits_ptr + start + v, mask=inside, other=-float("inf"))
-        m, d, s = fold(m, d, s, x, inside, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
+    TILE: tl.constexpr = ROWS * THREADS * VECTOR
     row_ptr = logits_ptr + body
-    p = tl.arange(0, BLOCK)
+    p = tile_of(ROWS, THREADS, VECTOR)
     x = tl.load(row_ptr + p, mask=p < size, other=-float("inf"), eviction_policy=EVICT)
-    for offset in range(BLOCK, size, BLOCK):
+    top = tl.full((THREADS,), LOWEST, tl.float32)
+    d = tl.zeros((THREADS,), tl.float32)
+    s = tl.zeros((THREADS,), tl.float32)
+    for offset in range(TILE, size, TILE):
         q = offset + p
         ahead = tl.load(row_ptr + q, mask=q < size, other=-float("inf"), eviction_policy=EVICT)  # in flight during the fold
-        m, d, s = fold(m, d, s, x, p < size, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
+        top, d, s = fold(top, d, s, x, p < size, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
         x = ahead
-    last = tl.maximum(size - 1, 0) // BLOCK * BLOCK
-    m, d, s = fold(m, d, s, x, last + p < size, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
-    return m, d, s, x
+    last = tl.maximum(size - 1, 0) // TILE * TILE
+    top, d, s = fold(top, d, s, x, last + p < size, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
+    row_top, row_d, row_s = fold_threads(top, d, s)
+    if not ALIGNED:
+        v, inside = fringe_of(lead, size, V)
+        fringe = tl.load(logits_ptr + start + v, mask=inside, other=-float("inf"))
+        zeros = tl.zeros((2 * ALIGN,), tl.float32)
+        f_top, f_d, f_s = fold(
+            zeros + LOWEST, zeros, zeros, fringe[None, :, None], inside[None, :, None], c, logit_scale, softcap,
+            HAS_SOFTCAP, NEED_ENTROPY,
+        )  # fmt: skip
+        f_top, f_d, f_s = fold_threads(f_top, f_d, f_s)
+        highest = tl.maximum(row_top, f_top)
+        shift, f_shift = row_top - highest, f_top - highest
+        alpha, f_alpha = tl.exp2(shift), tl.exp2(f_shift)
+        row_s = alpha * (row_s + shift * row_d) + f_alpha * (f_s + f_shift * f_d)
+        row_d = alpha * row_d + f_alpha * f_d
+        row_top = highest
+    return row_top, row_d, row_s, x
 
 
 @triton.jit
-def load_token(logits_ptr, t, stride_t, V, token, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The (soft-capped) logit of a token; -inf for one outside [0, V)."""
+def load_token(logits_ptr, t, stride_t, V, token):
+    """The logit of a token; -inf for one outside [0, V)."""
     here = (token >= 0) & (token < V)
-    x = tl.load(logits_ptr + t.to(tl.int64) * stride_t + token, mask=here, other=-float("inf")).to(tl.float32)
-    if HAS_SOFTCAP:
-        x = tl.where(here, soft_cap(x, logit_scale, softcap)[0], x)
-    return x
+    return tl.load(logits_ptr + t.to(tl.int64) * stride_t + token, mask=here, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
-def scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """For softmax(x * scale / temperature): scale, temperature, log2(e) * scale / temperature, and the slope in the logits
-    (less the soft-cap's own). Divided exactly: y reaches -30, so each rounding of its factor costs 2e-6."""
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + t)
-    slope = tl.div_rn(logit_scale, temperature)
+def token_logprob(x, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """log(2) * (x * c - top) - log d, its roundings carried along: a rare token's -20 keeps half an ulp, which is 1e-6."""
     if HAS_SOFTCAP:
-        return 1.0, temperature, tl.div_rn(LOG2E, temperature), slope
-    else:
-        return logit_scale, temperature, tl.div_rn(logit_scale * LOG2E, temperature), slope
-
-
-@triton.jit
-def token_logprob(x, m, scale, temperature, log_d):
-    """(x - m) * scale / temperature - log_d with its roundings carried along: a rare token's -20 keeps half an ulp, 1e-6."""
-    a = x - m
-    back = a - x
-    low = (x - (a - back)) - (m + back)
-    b = a * scale
-    low = tl.fma(a, scale, -b) + low * scale
-    q = tl.div_rn(b, temperature)
-    low = (tl.fma(-q, temperature, b) + low) / temperature
+        x = tl.where(x == -float("inf"), x, soft_cap(x, logit_scale, softcap)[0])
+    xc = x * c
+    low = tl.fma(x, c, -xc)
+    y = xc - top
+    back = y - xc
+    low += (xc - (y - back)) - (top + back)
+    low += (y + low) * (c_low / c)
+    q = y * LN2
+    low = tl.fma(y, LN2, -q) + y * LN2_LOW + low * LN2
     r = q - log_d
     back = r - q
     low += (q - (r - back)) - (log_d + back)
@@ -245,21 +285,32 @@ def token_logprob(x, m, scale, temperature, log_d):
 
 
 @triton.jit
+def grad_scalars(d, slope, g, g_entropy, entropy_less_log_d):
+    """a and b of grad_block."""
+    unit = -tl.div_rn(slope, d)
+    return unit * (g + g_entropy * entropy_less_log_d), unit * g_entropy * LN2
+
+
+@triton.jit
 def grad_block(
-    x, chosen, m, inv_d, c, slope, g, g_entropy, entropy_less_log_d, logit_scale, softcap,
+    x, p, token, has_token, top, c, a, b, g_slope, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr, HAS_G_ENTROPY: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """slope * (g * (chosen - p) - g_entropy * p * (log p + entropy)) for a block of logits."""
+    """slope * (g * (chosen - p) - g_entropy * p * (log p + entropy)) of logits at positions p, g_slope being slope * g.
+
+    Only a block that has_token compares positions.
+    """
     x = x.to(tl.float32)
+    cap_slope = 1.0
     if HAS_SOFTCAP:
         x, cap_slope = soft_cap(x, logit_scale, softcap)
-    y = (x - m) * c
-    p = tl.exp2(y) * inv_d
-    coef = -g
+    y = tl.fma(x, c, -top)
     if HAS_G_ENTROPY:
-        coef = coef - g_entropy * (tl.maximum(y, -200.0) * LN2 + entropy_less_log_d)
-    grad = p * coef
-    grad = tl.where(chosen, grad + g, grad) * slope
+        grad = tl.exp2(y) * (a + b * tl.maximum(y, -200.0))
+    else:
+        grad = tl.exp2(y) * a
+    if has_token:
+        grad = tl.where(p == token, grad + g_slope, grad)
     if HAS_SOFTCAP:
         grad = grad * cap_slope
     return grad.to(dtype)
@@ -272,7 +323,7 @@ def grad_block(
 def _logprob_entropy_kernel(
     logprob_ptr,  # (T,) f32, written
     entropy_ptr,  # (T,) f32, written
-    stats_ptr,  # (2, T) f32, written: max m of the (soft-capped) row, and d, see fold
+    stats_ptr,  # (2, T) f32, written: top and d
     logits_ptr,  # (T, V), stride 1 along V
     token_ptr,  # (T,) i64, counted from first_token
     temperature_ptr,  # (T,) f32, or None: temperature
@@ -286,33 +337,24 @@ def _logprob_entropy_kernel(
     ALIGNED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEED_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     t = tl.program_id(0)
-    token = tl.load(token_ptr + t) - first_token
-    x_token = load_token(logits_ptr, t, logits_stride_t, V, token, logit_scale, softcap, HAS_SOFTCAP)
-    scale, temperature, c, _ = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
-    m, d, s, _ = fold_row(
-        logits_ptr,
-        t,
-        logits_stride_t,
-        V,
-        c,
-        logit_scale,
-        softcap,
-        ALIGNED,
-        HAS_SOFTCAP,
-        NEED_ENTROPY,
-        "evict_first",
-        BLOCK,
-    )
+    x = load_token(logits_ptr, t, logits_stride_t, V, tl.load(token_ptr + t) - first_token)
+    c, c_low, _ = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
+    top, d, s, _ = fold_row(
+        logits_ptr, t, logits_stride_t, V, c, logit_scale, softcap,
+        ALIGNED, HAS_SOFTCAP, NEED_ENTROPY, "evict_first", ROWS, THREADS, VECTOR,
+    )  # fmt: skip
     log_d = tl.log(d)
-    tl.store(logprob_ptr + t, token_logprob(x_token, m, scale, temperature, log_d))
+    tl.store(logprob_ptr + t, token_logprob(x, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP))
     entropy = 0.0
     if NEED_ENTROPY:
         entropy = log_d - tl.div_rn(s, d) * LN2
     tl.store(entropy_ptr + t, entropy)
-    tl.store(stats_ptr + t, m)
+    tl.store(stats_ptr + t, top)
     tl.store(stats_ptr + stats_stride + t, d)
 
 
@@ -348,7 +390,6 @@ def _logprob_entropy_grad_kernel(
     g_entropy = 0.0
     if dentropy_ptr is not None:
         g_entropy = tl.load(dentropy_ptr + t)
-    row_ptr = logits_ptr + body
     # Where rows are not aligned, dlogits has rows that begin as far from a vector load's border as those of logits.
     d_row_ptr = dlogits_ptr + (d_start if ALIGNED else (d_start + (ALIGN - 1)) // ALIGN * ALIGN)
     if (g == 0) & (g_entropy == 0):  # not read: it may hold NaN
@@ -360,15 +401,16 @@ def _logprob_entropy_grad_kernel(
                 fringe_zeros = tl.zeros((2 * ALIGN,), dlogits_ptr.dtype.element_ty)
                 tl.store(dlogits_ptr + d_start + v, fringe_zeros, mask=inside)
     else:
-        _, _, c, slope = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
-        m = tl.load(stats_ptr + t)
+        c, _, slope = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
+        top = tl.load(stats_ptr + t)
         d = tl.load(stats_ptr + stats_stride + t)
-        inv_d = tl.div_rn(1.0, d)
-        entropy_less_log_d = tl.load(entropy_ptr + t) - tl.log(d)
-        token = tl.load(token_ptr + t) - first_token
-        x = tl.load(row_ptr + p, mask=p < size, other=0.0, eviction_policy="evict_first")
+        a, b = grad_scalars(d, slope, g, g_entropy, tl.load(entropy_ptr + t) - tl.log(d))
+        token = (tl.load(token_ptr + t) - first_token).to(tl.int32)
+        here = token - lead
+        has_token = (here >= k * BLOCK) & (here < k * BLOCK + BLOCK)
+        x = tl.load(logits_ptr + body + p, mask=p < size, other=0.0, eviction_policy="evict_first")
         grad = grad_block(
-            x, lead + p == token, m, inv_d, c, slope, g, g_entropy, entropy_less_log_d, logit_scale, softcap,
+            x, p, here, has_token, top, c, a, b, slope * g, logit_scale, softcap,
             HAS_SOFTCAP, dentropy_ptr is not None, dlogits_ptr.dtype.element_ty,
         )  # fmt: skip
         tl.store(d_row_ptr + p, grad, mask=p < size)
@@ -377,7 +419,7 @@ def _logprob_entropy_grad_kernel(
                 v, inside = fringe_of(lead, size, V)
                 x_fringe = tl.load(logits_ptr + start + v, mask=inside, other=0.0)
                 grad_fringe = grad_block(
-                    x_fringe, v == token, m, inv_d, c, slope, g, g_entropy, entropy_less_log_d, logit_scale, softcap,
+                    x_fringe, v, token, True, top, c, a, b, slope * g, logit_scale, softcap,
                     HAS_SOFTCAP, dentropy_ptr is not None, dlogits_ptr.dtype.element_ty,
                 )  # fmt: skip
                 tl.store(dlogits_ptr + d_start + v, grad_fringe, mask=inside)
@@ -412,13 +454,13 @@ def logprob_entropy_launch(
     logprob_T, entropy_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
     stats_2T = torch.empty(2, T, dtype=torch.float32, device=logits_TV.device)
     per_token = isinstance(temperature, Tensor)
-    block, num_warps = blocks(V, most=BLOCK, per_warp=PER_WARP)
+    rows, threads, vector = tile_shape(V, logits_TV.dtype, TILE_ROWS, MOST_THREADS)
     _logprob_entropy_kernel[(T,)](
         logprob_T, entropy_T, stats_2T, logits_TV, token_T, temperature if per_token else None,
         stats_2T.stride(0), logits_TV.stride(0), V, first_token,
         1.0 if per_token else temperature, logit_scale, softcap or 1.0,
-        ALIGNED=is_aligned(logits_TV), HAS_SOFTCAP=softcap is not None, NEED_ENTROPY=need_entropy, BLOCK=block,
-        num_warps=num_warps, **LAUNCH,
+        ALIGNED=is_aligned(logits_TV), HAS_SOFTCAP=softcap is not None, NEED_ENTROPY=need_entropy,
+        ROWS=rows, THREADS=threads, VECTOR=vector, num_warps=threads // 32, **LAUNCH,
     )  # fmt: skip
     return logprob_T, entropy_T, stats_2T
 
@@ -439,7 +481,7 @@ def logprob_entropy_grad_launch(
     """Writes dlogits_TV, which may be logits_TV itself."""
     T, V = logits_TV.shape
     per_token = isinstance(temperature, Tensor)
-    block, num_warps = blocks(V, most=BLOCK, per_warp=PER_WARP)
+    block, num_warps = blocks(V, most=GRAD_BLOCK, per_warp=GRAD_PER_WARP)
     num_blocks = triton.cdiv(V, block)
     _logprob_entropy_grad_kernel[(T * num_blocks,)](
         dlogits_TV, dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, Backend, blocks, runs_triton, scale_
+from rlsp_kernels.backend import LAUNCH, Backend, runs_triton, scale_, tile_shape
 from rlsp_kernels.kl import (
     KL_KINDS,
     LOG_RATIO_BOUND,
@@ -31,12 +31,14 @@ from rlsp_kernels.logprob_entropy import (
     fold_row,
     fringe_of,
     grad_block,
+    grad_scalars,
     is_aligned,
     load_token,
     logprob_entropy_grad_torch,
     logprob_entropy_torch,
     row_layout,
     scaling_of,
+    tile_of,
     token_logprob,
 )
 
@@ -44,7 +46,7 @@ from rlsp_kernels.logprob_entropy import (
 COLUMNS = ("loss", "pg", "log_ratio", "kl", "entropy", "ratio", "flags")
 
 # 1,024 threads of more than 32 registers: one row an SM, so that the rows in flight (34 MB of bf16 on 132 SMs) fit L2.
-BLOCK, PER_WARP = 16384, 512
+TILE_ROWS, MOST_THREADS = 2, 1024
 KEPT, CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 1, 2, 4, 8  # bits of flags; 0 is a token of weight zero
 
 
@@ -247,10 +249,13 @@ def policy_terms(
 
 
 @triton.jit
-def _store_zeros(row_ptr, body_ptr, lead, size, V, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    p = tl.arange(0, BLOCK)
-    zeros = tl.zeros((BLOCK,), row_ptr.dtype.element_ty)
-    for offset in range(0, size, BLOCK):
+def _store_zeros(
+    row_ptr, body_ptr, lead, size, V,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    p = tile_of(ROWS, THREADS, VECTOR)
+    zeros = tl.zeros((ROWS, THREADS, VECTOR), row_ptr.dtype.element_ty)
+    for offset in range(0, size, ROWS * THREADS * VECTOR):
         tl.store(body_ptr + offset + p, zeros, mask=offset + p < size, eviction_policy="evict_first")
     if not ALIGNED:
         v, inside = fringe_of(lead, size, V)
@@ -287,7 +292,9 @@ def _ppo_loss_kernel(
     HAS_G_ENTROPY: tl.constexpr,
     HAS_DUAL: tl.constexpr,
     KL_KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     # A row of a 128k vocabulary is 256 KB: more than an SM holds, but those of all SMs together fit the L2 cache. So the
     # first look at a row asks L2 to keep it, the second goes backwards, from what was read last, and finds it there.
@@ -302,21 +309,21 @@ def _ppo_loss_kernel(
             _, body, lead, size = row_layout(t, logits_stride_t, V, ALIGNED)
             d_start = t.to(tl.int64) * dlogits_stride_t
             d_body = d_start if ALIGNED else (d_start + (ALIGN - 1)) // ALIGN * ALIGN
-            _store_zeros(dlogits_ptr + d_start, dlogits_ptr + d_body, lead, size, V, ALIGNED, BLOCK)
+            _store_zeros(dlogits_ptr + d_start, dlogits_ptr + d_body, lead, size, V, ALIGNED, ROWS, THREADS, VECTOR)
     else:
         token = tl.load(token_ptr + t)
-        x_token = load_token(logits_ptr, t, logits_stride_t, V, token, logit_scale, softcap, HAS_SOFTCAP)  # before any write
-        scale, temperature, c, slope = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
-        m, d, s, x = fold_row(
-            logits_ptr, t, logits_stride_t, V, c, logit_scale, softcap, ALIGNED, HAS_SOFTCAP, NEED_ENTROPY, "evict_last", BLOCK
+        x_token = load_token(logits_ptr, t, logits_stride_t, V, token)  # before any thread writes
+        c, c_low, slope = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
+        top, d, s, x = fold_row(
+            logits_ptr, t, logits_stride_t, V, c, logit_scale, softcap,
+            ALIGNED, HAS_SOFTCAP, NEED_ENTROPY, "evict_last", ROWS, THREADS, VECTOR,
         )  # fmt: skip
         log_d = tl.log(d)
-        inv_d = tl.div_rn(1.0, d)
         entropy = 0.0
         if NEED_ENTROPY:
             entropy = log_d - tl.div_rn(s, d) * LN2
         g, g_entropy = policy_terms(
-            token_logprob(x_token, m, scale, temperature, log_d), entropy, weight, t,
+            token_logprob(x_token, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP), entropy, weight, t,
             columns_ptr, columns_stride, old_logprob_ptr, advantage_ptr, importance_weight_ptr, ref_logprob_ptr,
             clip_low, clip_high, dual_clip, kl_coef, entropy_coef, HAS_DUAL, KL_KIND,
         )  # fmt: skip
@@ -324,30 +331,34 @@ def _ppo_loss_kernel(
             start, body, lead, size = row_layout(t, logits_stride_t, V, ALIGNED)
             d_start = t.to(tl.int64) * dlogits_stride_t
             d_body = d_start if ALIGNED else (d_start + (ALIGN - 1)) // ALIGN * ALIGN
+            d_row_ptr = dlogits_ptr + d_body
             if (g == 0) & (g_entropy == 0):  # clipped: nothing to learn from this token
-                _store_zeros(dlogits_ptr + d_start, dlogits_ptr + d_body, lead, size, V, ALIGNED, BLOCK)
+                _store_zeros(dlogits_ptr + d_start, d_row_ptr, lead, size, V, ALIGNED, ROWS, THREADS, VECTOR)
             else:
-                p = tl.arange(0, BLOCK)
-                last = tl.maximum(size - 1, 0) // BLOCK * BLOCK
+                TILE: tl.constexpr = ROWS * THREADS * VECTOR
+                a, b = grad_scalars(d, slope, g, g_entropy, entropy - log_d)
+                p = tile_of(ROWS, THREADS, VECTOR)
+                last = tl.maximum(size - 1, 0) // TILE * TILE
+                here = token.to(tl.int32) - lead - last  # where the token is, counted from the tile's begin
                 grad = grad_block(
-                    x, lead + last + p == token, m, inv_d, c, slope, g, g_entropy, entropy - log_d, logit_scale, softcap,
+                    x, p, here, here >= 0, top, c, a, b, slope * g, logit_scale, softcap,
                     HAS_SOFTCAP, HAS_G_ENTROPY, dlogits_ptr.dtype.element_ty,
                 )  # fmt: skip
-                d_row_ptr = dlogits_ptr + d_body
                 tl.store(d_row_ptr + last + p, grad, mask=last + p < size, eviction_policy="evict_first")
-                for done in range(0, last, BLOCK):
-                    q = last - BLOCK - done + p
-                    x = tl.load(logits_ptr + body + q, eviction_policy="evict_first")
+                for done in range(0, last, TILE):
+                    offset = last - TILE - done
+                    here += TILE
+                    x = tl.load(logits_ptr + body + offset + p, eviction_policy="evict_first")
                     grad = grad_block(
-                        x, lead + q == token, m, inv_d, c, slope, g, g_entropy, entropy - log_d, logit_scale, softcap,
+                        x, p, here, (here >= 0) & (here < TILE), top, c, a, b, slope * g, logit_scale, softcap,
                         HAS_SOFTCAP, HAS_G_ENTROPY, dlogits_ptr.dtype.element_ty,
                     )  # fmt: skip
-                    tl.store(d_row_ptr + q, grad, eviction_policy="evict_first")
+                    tl.store(d_row_ptr + offset + p, grad, eviction_policy="evict_first")
                 if not ALIGNED:
                     v, inside = fringe_of(lead, size, V)
                     x_fringe = tl.load(logits_ptr + start + v, mask=inside, other=0.0)
                     grad_fringe = grad_block(
-                        x_fringe, v == token, m, inv_d, c, slope, g, g_entropy, entropy - log_d, logit_scale, softcap,
+                        x_fringe, v, token.to(tl.int32), True, top, c, a, b, slope * g, logit_scale, softcap,
                         HAS_SOFTCAP, HAS_G_ENTROPY, dlogits_ptr.dtype.element_ty,
                     )  # fmt: skip
                     tl.store(dlogits_ptr + d_start + v, grad_fringe, mask=inside)
@@ -444,8 +455,8 @@ def ppo_rows(
             dlogits_TV.copy_(grad_TV)
         return
     T, V = logits_TV.shape
-    # The soft-cap's arithmetic spills at 16 elements a thread.
-    block, num_warps = blocks(V, most=BLOCK, per_warp=PER_WARP) if softcap is None else blocks(V, BLOCK // 2, PER_WARP // 2)
+    # The soft-cap's arithmetic spills where a thread holds two vectors.
+    rows, threads, vector = tile_shape(V, logits_TV.dtype, TILE_ROWS if softcap is None else 1, MOST_THREADS)
     _ppo_loss_kernel[(T,)](
         columns_CT, dlogits_TV, logits_TV, *tokens, columns_CT.stride(0),
         0 if dlogits_TV is None else dlogits_TV.stride(0), logits_TV.stride(0), V,
@@ -453,7 +464,8 @@ def ppo_rows(
         clip.low, clip.high, clip.dual or 0.0, clip.kl_coef, clip.entropy_coef,
         ALIGNED=is_aligned(logits_TV) and (dlogits_TV is None or is_aligned(dlogits_TV)), HAS_SOFTCAP=softcap is not None,
         NEED_ENTROPY=need_entropy, HAS_G_ENTROPY=clip.entropy_coef != 0, HAS_DUAL=clip.dual is not None,
-        KL_KIND=KL_KINDS.index(clip.kl_kind) + 1, BLOCK=block, num_warps=num_warps, **LAUNCH,
+        KL_KIND=KL_KINDS.index(clip.kl_kind) + 1,
+        ROWS=rows, THREADS=threads, VECTOR=vector, num_warps=threads // 32, **LAUNCH,
     )  # fmt: skip
 
 
