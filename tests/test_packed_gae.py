@@ -3,6 +3,8 @@
 Without a GPU the kernel's own source runs on threads (csrc/checks), under the address and thread sanitizers.
 """
 
+import functools
+import importlib.metadata
 import itertools
 import json
 import os
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -454,22 +457,96 @@ def test_without_the_library_plain_torch_runs_and_says_so_once(tmp_path):
 
 # --- peers ------------------------------------------------------------------------------------
 
+# Each runs where the peer's package is importable: docs/testing.md says which releases have the function, and what they need.
+S, L, GAMMA, LAM = 6, 50, 0.99, 0.9
+
+
+def padded(keep):
+    """(S, L) value, token reward, old and reference logprob; and the mask: `keep` of each row True, or one run of its own."""
+    g = torch.Generator().manual_seed(0)
+    value, reward, old, change = torch.randn(4, S, L, generator=g)
+    ref = old + 0.3 * change  # NeMo-RL cuts a token's KL at 10; ours bounds the log-ratio alone
+    if keep is not None:
+        return value, reward, old, ref, torch.rand(S, L, generator=g) < keep
+    first, last = torch.tensor([[0, 0, 7, 49, 10, 3], [50, 31, 50, 50, 11, 40]])
+    position = torch.arange(L)
+    return value, reward, old, ref, (position >= first[:, None]) & (position < last[:, None])
+
+
+def ours(backend, value, mask, **options):
+    """packed_gae of a padded batch: advantages, the same whitened, and returns, at the True positions."""
+    options = {name: x.flatten() if getattr(x, "ndim", 0) == 2 else x for name, x in options.items()}
+    cu_seqlens = torch.arange(0, S * L + 1, L, dtype=torch.int32)
+    result = run(backend, value.flatten(), cu_seqlens, mask.flatten(), gamma=GAMMA, **options)
+    keep = mask.flatten()
+    return result.advantage_T[keep], whiten(result.advantage_T, keep, result.moments)[keep], result.return_T[keep]
+
+
+near = functools.partial(assert_close, rtol=1e-5, atol=1e-5)
+near_whitened = functools.partial(assert_close, rtol=1e-4, atol=1e-4)
+
 
 @every_backend
 def test_gae_is_verls(backend):
-    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
-    g = torch.Generator().manual_seed(0)
-    S, L = 6, 50
-    value, reward = torch.randn(S, L, generator=g), torch.randn(S, L, generator=g)
-    mask = torch.rand(S, L, generator=g) < 0.7
-    white, returns = core_algos.compute_gae_advantage_return(reward, value, mask.float(), torch.tensor(0.99), torch.tensor(0.9))
-    result = run(
-        backend, value.flatten(), torch.arange(0, S * L + 1, L, dtype=torch.int32), mask.flatten(),
-        gamma=0.99, lam=0.9, reward_T=reward.flatten(),
+    verl = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
+    value, reward, _, _, mask = padded(keep=0.7)
+    theirs, returns = verl.compute_gae_advantage_return(reward, value, mask.float(), torch.tensor(GAMMA), torch.tensor(LAM))
+    _, white, own_returns = ours(backend, value, mask, lam=LAM, reward_T=reward)
+    near(own_returns, returns[mask])
+    near_whitened(white, theirs[mask])
+
+
+@every_backend
+def test_gae_is_openrlhfs(backend):
+    openrlhf = pytest.importorskip("openrlhf.trainer.ppo_utils.experience_maker", exc_type=ImportError)
+    gae = openrlhf.RemoteExperienceMaker.get_advantages_and_returns
+    value, reward, _, _, mask = padded(keep=None)  # it counts a masked token inside a response as one step of value 0
+    advantages, returns = gae(None, value, reward, mask.float(), GAMMA, LAM)
+    own_advantages, _, own_returns = ours(backend, value, mask, lam=LAM, reward_T=reward)
+    near(own_advantages, advantages[mask])
+    near(own_returns, returns[mask])
+
+
+@every_backend
+def test_gae_is_trls(backend):
+    trl = pytest.importorskip("trl.trainer.ppo_trainer", exc_type=ImportError)
+    gae = getattr(trl.PPOTrainer, "compute_advantages", None)
+    if gae is None:
+        pytest.skip(f"trl {importlib.metadata.version('trl')} has GAE only within its training loop; 0.11.4 as a function")
+    value, reward, _, _, mask = padded(keep=None)  # as for OpenRLHF
+    config = SimpleNamespace(gamma=GAMMA, lam=LAM, whiten_rewards=False)
+    _, theirs, returns = gae(SimpleNamespace(config=config), value, reward, mask.float())
+    _, white, own_returns = ours(backend, value, mask, lam=LAM, reward_T=reward)
+    near(own_returns, returns[mask])
+    near_whitened(white, theirs[mask])
+
+
+@every_backend
+@pytest.mark.parametrize("kl_kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("vapo", [False, True])
+def test_gae_is_nemo_rls(vapo, kl_kind, backend):
+    nemo = pytest.importorskip("nemo_rl.algorithms.advantage_estimator", exc_type=ImportError)
+    value, _, old, ref, mask = padded(keep=0.7)
+    mask[2] = False
+    terminal_S, alpha = value[:, 0] + 1, 0.05
+    config = {
+        "gae_gamma": GAMMA,
+        "gae_lambda": LAM,
+        "gae_lambda_value": 1.0 if vapo else None,
+        "gae_lambda_policy": None,
+        "length_adaptive_alpha": alpha if vapo else 0.0,
+        "normalize_advantages": False,
+    }
+    loss = SimpleNamespace(use_kl_in_reward=True, reference_policy_kl_penalty=0.1, reference_policy_kl_type=kl_kind)
+    estimator = nemo.GeneralizedAdvantageEstimator(config, loss)
+    advantages, returns = estimator.compute_advantage(None, terminal_S, mask.float(), value, ref, old)
+    adaptive_S = 1 - 1 / (alpha * mask.sum(1)).clamp(min=1)
+    own_advantages, _, own_returns = ours(
+        backend, value, mask, lam=adaptive_S if vapo else LAM, critic_lam=1.0 if vapo else None,
+        terminal_reward_S=terminal_S, old_logprob_T=old, ref_logprob_T=ref, kl_coef=0.1, kl_kind=kl_kind,
     )  # fmt: skip
-    keep = mask.flatten()
-    assert_close(result.return_T[keep], returns.flatten()[keep], rtol=1e-5, atol=1e-5)
-    assert_close(whiten(result.advantage_T, keep, result.moments)[keep], white.flatten()[keep], rtol=1e-4, atol=1e-4)
+    near(own_advantages, advantages[mask])
+    near(own_returns, returns[mask])
 
 
 # --- building ---------------------------------------------------------------------------------
