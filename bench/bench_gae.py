@@ -3,9 +3,10 @@
     python bench/bench_gae.py [--device cpu|cuda] [--threads 2] [--most-tokens 1048576] [--repeats 20]
 
 All providers take turns in one process, so that a busy machine slows all of them; each starts from a cold cache (a
-buffer larger than any cache is written in between). Prints a table and appends it to bench/results/gae.csv. Times are
-medians in microseconds, outputs allocated and all. GB/s counts 17 bytes a token: value and mask read, reward, advantage
-and return written; "of copy" is its share of what torch's copy_ of as many bytes reaches in the same run.
+buffer larger than any cache is read in between; lines written to it would have to go out during the call). Prints a
+table and appends it to bench/results/gae.csv. Times are medians in microseconds, outputs allocated and all. GB/s counts
+17 bytes a token: value and mask read, reward, advantage and return written; "of copy" is its share of what torch's copy_
+of as many bytes reaches in the same run.
 
 Loops take (S, L) tensors and one step of Python for each of L tokens:
   loop          ours: delta and lambda alone (the recurrence of TRL and OpenRLHF, which mask before it)
@@ -139,13 +140,13 @@ def providers(S: int, L: int, device: str) -> dict[str, Callable[[], object]]:
 
 def measure(calls: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, list[float]]:
     """Microseconds of every call, in turns. What takes more than a second is called three times and not warmed up."""
-    # On a GPU, writing it also takes longer than it takes to call the op: what is timed is the device and not the caller.
-    flush = torch.empty((1024 if device == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+    # On a GPU, reading it also takes longer than it takes to call the op: what is timed is the device and not the caller.
+    flush = torch.zeros((1024 if device == "cuda" else 64) << 18, device=device)  # MiB
     if device == "cpu":  # glibc hands 3 MB of outputs back to the kernel and faults them in anew until it has freed a
         torch.zeros(31 << 20, dtype=torch.uint8)  # block of nearly 32 MiB, as every trainer has: 1 ms of 64 x 4096
 
     def once(call: Callable[[], object]) -> float:
-        flush.fill_(0)
+        flush.sum()
         if device == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()

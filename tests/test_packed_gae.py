@@ -365,9 +365,12 @@ def test_packed_gae_compiles_into_a_full_graph_without_recompiling_for_another_b
         assert_close(compiled(*other), advantages(*other))
 
 
-def test_the_outputs_are_constants_to_autograd():
-    value_T, cu_seqlens, mask_T, _ = packed([20])
-    result = packed_gae(value_T.requires_grad_(), cu_seqlens, mask_T)
+@every_backend
+def test_the_outputs_are_constants_to_autograd(backend):
+    value_T, cu_seqlens, mask_T, g = packed([20])
+    columns = {name: x.requires_grad_() for name, x in every_option([20], g).items()}
+    lam = torch.tensor([0.9], requires_grad=True)
+    result = run(backend, value_T.requires_grad_(), cu_seqlens, mask_T, lam=lam, kl_coef=0.1, **columns)
     assert not any(x.requires_grad for x in result)
 
 
@@ -391,6 +394,10 @@ def i32(*numbers):
     ({"terminal_reward_S": torch.zeros(6)}, r"terminal_reward_S must have shape \(1,\)"),
     ({"bootstrap_S": torch.zeros(2)}, r"bootstrap_S must have shape \(1,\)"),
     ({"lam": torch.zeros(2)}, r"lam must have shape \(1,\)"),
+    ({"lam": torch.tensor([1.5])}, r"lam must be in \[0, 1\], got 1.5 to 1.5"),
+    ({"lam": torch.tensor([float("nan")])}, r"lam must be in \[0, 1\], got nan"),
+    ({"lam": torch.zeros(1).double()}, "lam must be torch.float32, got torch.float64"),
+    ({"old_logprob_T": torch.zeros(6).half(), "ref_logprob_T": torch.zeros(6), "kl_coef": 1.0}, "old_logprob_T must be"),
     ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
     ({"critic_lam": -0.1}, r"critic_lam must be in \[0, 1\]"),
     ({"lam": float("nan")}, r"lam must be in \[0, 1\]"),
@@ -398,8 +405,8 @@ def i32(*numbers):
     ({"kl_kind": "k4"}, "kl_kind must be k1, k2 or k3, got 'k4'"),
 ])  # fmt: skip
 def test_packed_gae_refuses(change, message, backend):
-    if backend == "cuda" and ("cu_seqlens" in change or "mask_T" in change):
-        pytest.skip("looking at cu_seqlens would wait for the GPU; the kernel asserts")
+    if backend == "cuda" and message.startswith(("from 0", "decreases", r"lam must be in \[0, 1\], got")):
+        pytest.skip("looking would wait for the GPU; the kernel asserts")
     sound = {"value_T": torch.zeros(6), "cu_seqlens": i32(0, 6), "mask_T": torch.ones(6, dtype=torch.bool)}
     with pytest.raises(ValueError, match=message):
         arguments = sound | change
@@ -413,12 +420,19 @@ def test_tensors_on_two_devices_are_refused():
 
 
 @pytest.mark.skipif(bool(NO_CPP), reason=f"no C++ library: {NO_CPP}")
-def test_the_library_itself_refuses_cu_seqlens_that_would_read_elsewhere():
+@pytest.mark.parametrize("cu_seqlens, lam, message", [
+    (i32(0, 600), 0.5, "cu_seqlens must run from 0 to T"),
+    (i32(0), 0.5, "cu_seqlens must run from 0 to T = 6, got 1 numbers"),
+    (i32(), 0.5, "cu_seqlens must run from 0 to T = 6, got 0 numbers"),
+    (i32(0, 6), 2.0, r"lam must be in \[0, 1\]"),
+])  # fmt: skip
+def test_the_library_itself_refuses_what_would_read_elsewhere_or_give_nonsense(cu_seqlens, lam, message):
     arguments = {"gamma": 1.0, "lam": 0.9, "kl_coef": 0.0, "kl_kind": 1} | dict.fromkeys(
-        ("lam_S", "critic_lam", "terminal_reward_S", "reward_T", "old_logprob_T", "ref_logprob_T", "bootstrap_S")
+        ("critic_lam", "terminal_reward_S", "reward_T", "old_logprob_T", "ref_logprob_T", "bootstrap_S")
     )
-    with pytest.raises(RuntimeError, match="cu_seqlens must run from 0 to T"):
-        torch.ops.rlsp_kernels.packed_gae(torch.zeros(6), i32(0, 600), torch.ones(6, dtype=torch.bool), **arguments)
+    arguments["lam_S"] = torch.full((max(len(cu_seqlens) - 1, 0),), lam)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rlsp_kernels.packed_gae(torch.zeros(6), cu_seqlens, torch.ones(6, dtype=torch.bool), **arguments)
 
 
 def test_a_backend_of_another_device_is_refused():
@@ -589,10 +603,44 @@ def test_the_cuda_kernels_compile_for_every_architecture_without_a_spill(tmp_pat
         itertools.product(("sm_80", "sm_90", "sm_100"), "12")
     )
     for lambdas, arch, stores, loads, registers in kernels:
-        print(f"{arch}, {lambdas} lambda(s): {registers} registers, {stores} + {loads} bytes spilled")
-        record_property(f"packed_gae_{arch}_{lambdas}", f"{registers} registers, {stores} + {loads} bytes spilled")
+        record_property(f"packed_gae, {arch}, {lambdas} lambda(s)", f"{registers} registers, {stores} + {loads} bytes spilled")
         assert (stores, loads) == ("0", "0")
         assert int(registers) <= 128, "two blocks of 256 threads no longer fit a multiprocessor"
+
+
+def build_libraries(folder, path, **environment):
+    """setup.py's build of the libraries into the folder, with that PATH; what it wrote to native_build.json, if anything."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp"]
+    without = os.environ.keys() & {"CXX", "CUDA_HOME", "RLSP_BUILD"}
+    env = {name: value for name, value in os.environ.items() if name not in without} | {"PATH": str(path)} | environment
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+    note = folder / "rlsp_kernels" / "native_build.json"
+    return done, json.loads(note.read_text()) if note.exists() else None
+
+
+@pytest.fixture
+def only_cmake(tmp_path):
+    """A PATH with no compiler."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cmake").symlink_to(CMAKE)
+    return tmp_path / "bin"
+
+
+@needs_compiler
+def test_a_machine_without_a_compiler_builds_nothing_and_says_so(only_cmake, tmp_path):
+    done, left_out = build_libraries(tmp_path / "out", only_cmake)
+    assert done.returncode == 0, done.stderr
+    assert left_out == dict.fromkeys(("cpu", "cuda"), "no C++ compiler was found")
+    assert "rlsp_kernels: the cpu library is not built: no C++ compiler was found" in done.stderr
+    done, left_out = build_libraries(tmp_path / "forced", only_cmake, RLSP_BUILD="cpu")
+    assert done.returncode != 0 and "RLSP_BUILD=cpu, but no C++ compiler was found" in done.stderr and left_out is None
+
+
+@needs_compiler
+def test_a_machine_without_nvcc_says_so_when_the_cuda_library_is_wanted(only_cmake, tmp_path):
+    (only_cmake / "c++").symlink_to(COMPILER)
+    done, _ = build_libraries(tmp_path, only_cmake, RLSP_BUILD="cuda", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0 and "RLSP_BUILD=cuda, but nvcc was not found" in done.stderr
 
 
 @needs_compiler
@@ -612,17 +660,20 @@ def test_a_wheel_carries_the_library_and_works_alone(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_the_scans_pass_the_sanitizers(sanitizers, tmp_path):
+@pytest.mark.parametrize("sanitizers, scans", [
+    (["-fsanitize=address,undefined", "-DNDEBUG"], ["cpu", "cuda", "unsound"]),  # unsound: what the assertions would stop
+    (["-fsanitize=thread"], ["cpu", "cuda"]),
+], ids=["address", "thread"])  # fmt: skip
+def test_the_scans_pass_the_sanitizers(sanitizers, scans, tmp_path):
     program, checks = tmp_path / "check_scan", ROOT / "csrc" / "checks"
     command = [
         COMPILER, "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread",
-        f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{checks}",
+        *sanitizers, "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{checks}",
         checks / "check_scan.cpp", "-o", program,
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for scan in ("cpu", "cuda"):
+    for scan in scans:
         done = subprocess.run([program, scan], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "ok" in done.stdout and "FAIL" not in done.stdout
@@ -633,40 +684,45 @@ def test_the_scans_pass_the_sanitizers(sanitizers, tmp_path):
 ON_GPU = """
 import sys, torch
 from rlsp_kernels import packed_gae
-T = 50000
-cu_seqlens = torch.tensor(eval(sys.argv[1]), dtype=torch.int32, device="cuda")
-packed_gae(torch.ones(T, device="cuda"), cu_seqlens, torch.ones(T, dtype=torch.bool, device="cuda"), critic_lam=1.0)
+def ones(size):
+    return torch.ones(size, device="cuda")
+cu_seqlens, lam = (torch.tensor(eval(x), device="cuda") for x in sys.argv[1:3])
+T, S = int(sys.argv[3]), len(lam)
+keep_T = torch.arange(T, device="cuda") % 5 != 0
+packed_gae(ones(T), cu_seqlens.int(), keep_T, terminal_reward_S=ones(S))
+columns = {name: ones(T) for name in ("reward_T", "old_logprob_T", "ref_logprob_T")} | {"bootstrap_S": ones(S)}
+packed_gae(ones(T), cu_seqlens.int(), keep_T, lam=lam, critic_lam=1.0, kl_coef=0.1, kl_kind="k3", **columns)
 torch.cuda.synchronize()
 """
 
 
+def on_gpu(cu_seqlens, lam, T, tool=()):
+    """ON_GPU in a process of its own (an assertion on the device ends it), under compute-sanitizer if asked."""
+    env = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [*tool, sys.executable, "-c", ON_GPU, str(cu_seqlens), str(lam), str(T)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("cu_seqlens", ["[1, 50000]", "[0, 49999]", "[0, 30000, 20000, 50000]"])
-def test_the_kernel_asserts_that_cu_seqlens_is_sound(cu_seqlens):
-    env = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
-    done = subprocess.run([sys.executable, "-c", ON_GPU, cu_seqlens], env=env, capture_output=True, text=True)
-    assert done.returncode != 0 and "packed_gae: cu_seqlens must" in done.stdout + done.stderr
+@pytest.mark.parametrize("cu_seqlens, lam, says", [
+    ([1, 50000], [0.9], "cu_seqlens must run from 0 to T"),
+    ([0, 49999], [0.9], "cu_seqlens must run from 0 to T"),
+    ([0, 30000, 20000, 50000], [0.9] * 3, "cu_seqlens must not decrease"),
+    ([0, 20000, 50000], [0.9, 1.1], "lam must be in [0, 1]"),
+])  # fmt: skip
+def test_the_kernel_asserts_what_a_cpu_refuses(cu_seqlens, lam, says):
+    done = on_gpu(cu_seqlens, lam, 50000)
+    assert done.returncode != 0 and f"packed_gae: {says}" in done.stdout + done.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_the_kernel_passes_compute_sanitizer(tool):
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "1",
-        sys.executable,
-        "-c",
-        ON_GPU,
-        "[0, 3, 3, 50000]",
-    ]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+@pytest.mark.parametrize("T", [50001, 2_500_003], ids=["a tile a block", "several tiles a block"])
+def test_the_kernel_passes_compute_sanitizer(T, tool):
+    done = on_gpu([0, 3, 3, 40000, T], [0.9, 1.0, 0.0, 0.5], T, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"])
     assert done.returncode == 0, done.stdout
 
 
