@@ -21,6 +21,7 @@ import torch
 from rlsp_kernels import packed_gae, whiten
 from rlsp_kernels.kl import kl_penalty
 from rlsp_kernels.packed_gae import backend_report
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -440,6 +441,17 @@ def test_a_backend_of_another_device_is_refused():
         packed_gae(torch.zeros(1), i32(0, 1), torch.ones(1, dtype=torch.bool), backend="cuda")
     with pytest.raises(ValueError, match="backend must be auto, torch, cpp or cuda, got 'triton'"):
         packed_gae(torch.zeros(1), i32(0, 1), torch.ones(1, dtype=torch.bool), backend="triton")
+
+
+@pytest.mark.skipif(backend_report()["cuda"].loaded, reason="the CUDA library is here")
+def test_a_cuda_tensor_without_the_cuda_library_is_an_error_that_names_the_fix():
+    with FakeTensorMode():  # whose tensors can be on a GPU that is not there
+        value_T, mask_T = torch.empty(6, device="cuda"), torch.empty(6, dtype=torch.bool, device="cuda")
+        cu_seqlens = torch.empty(2, dtype=torch.int32, device="cuda")
+        with pytest.raises(RuntimeError, match="With nvcc on the PATH and RLSP_BUILD=cuda, reinstall by `pip install"):
+            packed_gae(value_T, cu_seqlens, mask_T)
+        with pytest.raises(ValueError, match="cu_seqlens is on cpu, value_T on cuda:0; move them to one device"):
+            packed_gae(value_T, cu_seqlens.cpu(), mask_T)
 
 
 BARE = """
