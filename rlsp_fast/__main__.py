@@ -103,14 +103,17 @@ def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
     if dry_run:
         print(configs.dump(config), end="")
         return 0
-    from rlsp_fast import dist, sync, train  # torch loads here, after every mistake in the settings has been reported
+    from rlsp_fast import dist, memory, sync, train  # torch loads here, after every mistake in the settings has been reported
 
     try:
         train.run(config, with_sft=sft, with_rl=rl)
     except train.Interrupted as stop:
         return _fail(str(stop), 130)
-    except (sync.StaleWeightsError, train.DivergedError) as error:
+    except (sync.StaleWeightsError, train.DivergedError, memory.MemoryGrowthError) as error:
         return _fail(str(error), 3)
+    except dist.HungRankError as error:
+        _fail(str(error), 3, every_rank=True)
+        os._exit(3)  # leaving the process group in order would wait for the rank that hangs
     finally:
         dist.cleanup()
     return 0

@@ -172,6 +172,8 @@ class TrainConfig(_Section):
     """First steps in which only the critic learns."""
     max_tokens_per_micro_batch: Positive = 16384
     """Packed tokens per forward and backward on one rank; also the longest prompt + response."""
+    max_memory_growth_gib: Annotated[float, Field(gt=0)] | None = 2.0
+    """Stops the run when the least memory of a step grows by more than this over 20 steps, with a table. `none`: off."""
     fsdp_shard_size: Count = 0
     """Ranks that share one copy of the weights; more ranks hold replicas (HSDP). 0: all ranks share one."""
     seed: Count = 0

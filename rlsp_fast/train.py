@@ -25,12 +25,13 @@ from rlsp_fast.config import Config, ConfigError, dump, leaf_keys, load
 from rlsp_fast.data import Problem
 from rlsp_fast.evaluate import Evaluation, evaluate
 from rlsp_fast.log import RunLog, Timer, clock
+from rlsp_fast.memory import Colocated
 from rlsp_fast.model import Critic, Policy
 from rlsp_fast.optim import Optimizer
 from rlsp_fast.ppo import PPO, Sample
 from rlsp_fast.report import write_report
 from rlsp_fast.reward import Scorer
-from rlsp_fast.rollout import Engine, Sampling, make_engine
+from rlsp_fast.rollout import Sampling, make_engine
 from rlsp_fast.types import Rollout, Score
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ class _Run:
             engine = None
             if self.with_rl or held_out:
                 engine = make_engine(config, start_path, self.tokenizer, self.device)
+                engine = Colocated(engine, config.train.max_memory_growth_gib)
                 stack.callback(engine.close)
             if dist.rank() == 0:  # everything loads: from here on this is the run in this folder
                 (self.folder / "config.toml").write_text(dump(config))
@@ -168,7 +170,7 @@ class _Run:
     # --- stages -------------------------------------------------------------------------------
 
     def _evaluate(
-        self, name: str, step: int, policy: Policy, engine: Engine | None, scorer: Scorer, problems: list[Problem]
+        self, name: str, step: int, policy: Policy, engine: Colocated | None, scorer: Scorer, problems: list[Problem]
     ) -> Evaluation | None:
         """Evaluates unless that was done before the run was cut short, and proves that the engine holds the policy."""
         if engine is None or not problems or (name, step) in self.progress.evaluated:
@@ -185,7 +187,7 @@ class _Run:
             raise Interrupted(f"stopped after the evaluation {name}; it is kept. The same command continues from there")
         return result
 
-    def _sft(self, policy: Policy, engine: Engine | None, train: list[sft.Tokens], validation: list[sft.Tokens]) -> None:
+    def _sft(self, policy: Policy, engine: Colocated | None, train: list[sft.Tokens], validation: list[sft.Tokens]) -> None:
         config, folder, done = self.config, self.folder / "sft", self.progress.sft_steps
         total = sft.num_steps(config, len(train))
         optimizer = Optimizer(policy, config.optim, config.sft.lr, total)
@@ -211,7 +213,7 @@ class _Run:
         checkpoint.export(policy, self.tokenizer, self.sft_path, config)
         log.info("SFT checkpoint: %s", self.sft_path)
 
-    def _rl(self, policy: Policy, engine: Engine, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
+    def _rl(self, policy: Policy, engine: Colocated, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
         config, first, total = self.config, self.progress.rl_steps, self.config.train.steps
         engine.sleep()  # critic and reference are built where its KV cache was
         ppo, trained = self._build_ppo(policy)
@@ -272,7 +274,7 @@ class _Run:
 
 
 def rl_step(
-    config: Config, step: int, ppo: PPO, engine: Engine, scorer: Scorer, train: Sequence[Problem]
+    config: Config, step: int, ppo: PPO, engine: Colocated, scorer: Scorer, train: Sequence[Problem]
 ) -> tuple[dict[str, float], list[Rollout], list[Score]]:
     """Generate, score, annotate, update, push. Returns metrics of all ranks and this rank's rollouts and scores."""
     timer = Timer()
@@ -309,7 +311,7 @@ def rl_step(
     with timer("update_weights"):
         sync.push(ppo.policy, engine, model.DTYPES[config.model.dtype])
     timer.seconds["step"] = time.perf_counter() - start
-    metrics |= timer.metrics() | describe(rollouts, scores, config)
+    metrics |= timer.metrics() | engine.metrics() | describe(rollouts, scores, config)
     seconds = timer.seconds["step"]
     metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / dist.world_size()
     return metrics, rollouts, scores

@@ -113,7 +113,8 @@ def merge_ranks(
     mine_4T = torch.stack([logprob_T, entropy_T, *stats_2T])
     world = dist.get_world_size(group)
     parts = mine_4T.new_empty(world * len(mine_4T), mine_4T.shape[1])
-    dist.all_gather_into_tensor(parts, mine_4T, group=group)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+    gather(parts, mine_4T, group=group)
     logprob_RT, entropy_RT, top_RT, d_RT = parts.view(world, *mine_4T.shape).unbind(1)
     top_T = top_RT.amax(0)
     d_RT = d_RT * ((top_RT - top_T) * base).exp()  # 0 on a rank with nothing but -inf
