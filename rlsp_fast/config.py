@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 KLKind = Literal["k1", "k2", "k3"]
-EXPLORATION_PARTS = ("length", "length_code", "repetition")
+EXPLORATION_PARTS = ("length", "length_code", "judge", "repetition")
 REPETITION_NGRAM = 30
 """Tokens. Of MATH-500's solutions 0.9 % of the tokens stand in a run of 30 that occurred before, 5.9 % in one of 12."""
 
@@ -97,8 +97,9 @@ class RewardConfig(_Section):
     alpha: Fraction = 0.8
     """Weight of the outcome; exploration gets 1 - alpha."""
     exploration: str = "length"
-    """none, or parts joined by +: length (the paper's text) or length_code (its code), repetition[:NGRAM] (takes back the
-    length that repeated runs of NGRAM tokens earn, default 30). docs/rewards.md has the formulas."""
+    """none, or parts joined by +: length (the paper's text) or length_code (its code), judge, repetition[:NGRAM]."""
+    judge: str | None = None
+    """TOML file with the judge's endpoint, model and limits. Unset: rlsp_fast/judge.toml, a vLLM server on this machine."""
     length_c: NonNegative = 1000.0
     """C of the length reward, tokens."""
     exploration_min: Annotated[float, Field(ge=-10, le=0)] = -10.0

@@ -1,6 +1,7 @@
 """RLSP's reward: the verified outcome and the exploration reward, kept apart and then mixed. No torch.
 
-Grading runs beside generation: `Scorer.submit` returns at once; symbolic comparisons run in the verifier's processes.
+Grading runs beside generation: `Scorer.submit` returns at once; symbolic comparisons run in the verifier's processes, the
+judge's requests in threads of their own.
 """
 
 import difflib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlsp_fast.config import RewardConfig
+from rlsp_fast.judge import Judge, JudgeError, Judgement, load_settings
 from rlsp_fast.types import Problem, Rollout, Score
 from rlsp_fast.verifier import Verdict, Verifier
 
@@ -132,9 +134,11 @@ class Scorer:
         """
         Raises:
             RewardError: naming `reward.function` when it cannot be loaded.
+            JudgeError: naming the setting of the judge that cannot be used.
         """
         self._config = config
         self._function = load_function(config.function) if config.function is not None else None
+        self._judge = Judge(load_settings(config.judge)) if uses_judge(config) else None
         self._verifier = Verifier(config.verifier, config.timeout_s)
         self._threads = ThreadPoolExecutor(FUNCTION_THREADS, thread_name_prefix="reward.function")
 
@@ -145,6 +149,8 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
+        if self._judge is not None:
+            self._judge.close()
         self._verifier.close()
         self._threads.shutdown(cancel_futures=True)
 
@@ -160,24 +166,39 @@ class Scorer:
             verdict = self._verifier.submit(rollout.text, rollout.problem.answer)
         except ValueError as error:
             raise RewardError(f"{_at(rollout.problem)}: {error}") from None
-        verdict.add_done_callback(lambda done: self._finish(done, rollout, scored))
+        judged: Future[Judgement | None] = Future()
+        if self._judge is None:
+            judged.set_result(None)
+        else:
+            judged = self._judge.submit("\n\n".join(m["content"] for m in rollout.problem.messages), rollout.text)
+        # Whichever comes last finishes the score, in its own thread.
+        verdict.add_done_callback(lambda _: judged.add_done_callback(lambda _: self._finish(verdict, judged, rollout, scored)))
         return scored
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """Scores of all rollouts, in order."""
         return [future.result() for future in [self.submit(rollout) for rollout in rollouts]]
 
-    def _finish(self, done: Future[Verdict], rollout: Rollout, scored: Future[Score]) -> None:
-        error = done.exception()
-        if error is not None:
+    def _finish(
+        self, verdict: Future[Verdict], judged: Future[Judgement | None], rollout: Rollout, scored: Future[Score]
+    ) -> None:
+        if judged.cancelled():  # by close(): nobody waits for this score any more
+            scored.cancel()
+        elif error := verdict.exception():
             scored.set_exception(error)
+        elif error := judged.exception():
+            scored.set_exception(RewardError(str(error)) if isinstance(error, JudgeError) else error)
         else:
-            scored.set_result(self._mix(done.result().verdict, rollout))
+            scored.set_result(self._mix(verdict.result().verdict, judged.result(), rollout))
 
-    def _mix(self, verdict: str, rollout: Rollout) -> Score:
+    def _mix(self, verdict: str, judged: Judgement | None, rollout: Rollout) -> Score:
         config = self._config
         outcome = {"correct": 1.0, "no_answer": config.no_answer}.get(verdict, 0.0)
         parts = self._parts(rollout)
+        calls: dict[str, float] = {}
+        if judged is not None:
+            parts["judge"] = judged.score
+            calls = {"judge_failed": float(judged.failed), "judge_requests": float(judged.requests)}
         reward, mixed = outcome, dict(parts)
         if "length_code" in parts:
             reward += mixed.pop("length_code") + mixed.pop("repetition", 0.0)
@@ -189,11 +210,11 @@ class Scorer:
             exploration=sum(parts.values()),
             correct=verdict == "correct",
             verdict=verdict,
-            extra=parts,
+            extra=parts | calls,
         )
 
     def _parts(self, rollout: Rollout) -> dict[str, float]:
-        """The parts of the exploration reward that are on, before any weight."""
+        """The parts of the exploration reward that are on and need no judge, before any weight."""
         config = self._config
         wanted, c, minimum = config.exploration_parts, config.length_c, config.exploration_min
         parts: dict[str, float] = {}
@@ -218,6 +239,11 @@ class Scorer:
                 extra_info=problem.extra,
             )
         return _score_of(returned, f"reward.function = {self._config.function!r}, {_at(problem)}")
+
+
+def uses_judge(config: RewardConfig) -> bool:
+    """Whether responses go to the judge: a reward function of the user's own replaces it too."""
+    return config.function is None and "judge" in config.exploration_parts
 
 
 def load_function(where: str) -> Callable[..., Any]:
