@@ -19,7 +19,7 @@ from typing import Self
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlsp_fast import checkpoint, data, dist, model, sft, sync
+from rlsp_fast import checkpoint, data, dist, judge, model, sft, sync
 from rlsp_fast import log as logs
 from rlsp_fast.config import Config, ConfigError, dump, leaf_keys, load
 from rlsp_fast.data import Problem
@@ -30,7 +30,7 @@ from rlsp_fast.model import Critic, Policy
 from rlsp_fast.optim import Optimizer
 from rlsp_fast.ppo import PPO, Sample
 from rlsp_fast.report import write_report
-from rlsp_fast.reward import Scorer
+from rlsp_fast.reward import Scorer, uses_judge
 from rlsp_fast.rollout import Sampling, make_engine
 from rlsp_fast.types import Rollout, Score
 
@@ -119,6 +119,8 @@ class _Run:
         self.dtype = model.DTYPES[config.model.dtype]
         check_ranks(config)
         check_loggers(config)
+        if uses_judge(config.reward):
+            judge.load_settings(config.reward.judge)  # refuses what cannot be used
         if with_rl or config.data.validation:
             check_context(config)
         _make_folder(self.folder)

@@ -12,18 +12,18 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module may import only from rows above its own
     {"__version__", "config", "types", "answer"},
     {"rlsp_kernels", "notation"},
-    {"data", "verifier", "verify_worker", "packing", "dist"},
+    {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
     {"reward", "log", "model", "rollout", "optim", "memory"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert"},
     {"train", "demo", "plan", "doctor"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "data", "reward"}
+WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "judge", "data", "reward"}
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
     "wandb": {"log"},
-    "nvtx": {"log"},
+    "nvtx": {"log", "memory"},
     "train": {"__main__"},
     "__main__": set(),
     "bench": set(),
