@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from rlsp_kernels import (
     PPOMetrics,
+    kl_penalty,
     linear_logprob_entropy,
     linear_ppo_loss,
     packed_gae,
@@ -246,11 +247,10 @@ class PPO:
         old, rollout = flat("old_logprob_T"), flat("rollout_logprob_T")
         advantage, target = flat("advantage_T"), flat("return_T")
         diff = (old.exp() - rollout.exp()).abs()
-        log_ratio = old - rollout
         sums = {
             "n": float(len(old)),
             "diff": diff.sum().item(),
-            "mismatch_kl": (log_ratio.exp() - 1 - log_ratio).sum().item(),
+            "mismatch_kl": kl_penalty(rollout, old, "k3").sum().item(),
             "advantage": advantage.sum().item(),
             "return": target.sum().item(),
             "return_sq": target.square().sum().item(),
