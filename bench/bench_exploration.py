@@ -8,7 +8,7 @@ RL run an arm from that checkpoint: --steps steps of BATCH problems x 4 response
 of the demo recipe. Without exploration alpha only scales the reward, and at alpha = 1 exploration has no weight, so the arms
 (any alpha, none) and (1.0, any) are one run, named alpha 1.0, none. Each finished arm is a row in
 bench/results/exploration.csv; arms that stand there with the same seed and settings are skipped, and an arm cut short goes on
-from its last checkpoint, so the same command continues.
+from its last checkpoint, so the same command continues. To run arms anew, remove outputs/exploration.
 
 Before and after RL are one response at temperature 0.7 to each of the 512 held-out problems. Of these responses:
 accuracy; standard_error, in points, of the accuracy after RL; tokens, the mean a response; worked, the share that writes steps
@@ -31,7 +31,7 @@ from rows import RESULTS, append, origin
 
 ROOT = Path(__file__).parent.parent
 NGRAM = 12  # tokens: a worked sum has about 35 of them, a term about 5
-BATCH, MINI_BATCH = 32, 16
+BATCH, MINI_BATCH = 16, 8
 SETTINGS = ("seed", "alpha", "exploration", "rl_steps", "batch_size")
 
 

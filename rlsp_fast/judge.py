@@ -37,6 +37,7 @@ DIMENSIONS = ("diversity", "depth", "creativity", "persistence")
 RETRIED = {408, 409, 425, 429}
 """HTTP statuses worth another request, besides all from 500 on."""
 MAX_BACKOFF_S = 30.0
+CONNECT_S = 10.0
 MAX_REPLY_BYTES = 2**20
 WINDOW = 200
 """Responses over which `max_failed` is a share."""
@@ -279,7 +280,7 @@ class Judge:
         """The grade that one request gives, or _FailedTry."""
         url = urlsplit(self._settings.url)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(url.hostname, url.port, timeout=seconds)
+        connection = kind(url.hostname, url.port, timeout=min(seconds, CONNECT_S))
         headers = {"Content-Type": "application/json", "Connection": "close"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -288,6 +289,7 @@ class Judge:
         try:
             connection.connect()
             sock = connection.sock  # a reply that ends with its connection takes it from there
+            sock.settimeout(seconds)
             with self._lock:
                 self._sockets.add(sock)
             # A socket's own limit starts anew with every byte; this one does not.
