@@ -45,6 +45,8 @@ class DataConfig(_Section):
     """Held-out problems, same forms. Empty: no evaluation."""
     validation_size: Count = 0
     """Use only the first this many held-out problems; 0 uses all."""
+    overlap: Literal["refuse", "drop", "allow"] = "refuse"
+    """What a run does when training problems or demonstrations overlap the held-out problems (docs/data.md)."""
     prompt_key: str | None = None
     """Column with the problem. Unset: problem, question, prompt or messages, the first that is there."""
     answer_key: str | None = None

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import resource
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -14,15 +15,15 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlsp_fast import checkpoint, data, dist, model, sft, sync
+from rlsp_fast import checkpoint, data, decontaminate, dist, model, sft, sync
 from rlsp_fast import log as logs
 from rlsp_fast.config import Config, ConfigError, dump, leaf_keys, load
-from rlsp_fast.data import Problem
+from rlsp_fast.data import Demonstration, Problem
 from rlsp_fast.evaluate import Evaluation, evaluate
 from rlsp_fast.log import RunLog, Timer, clock
 from rlsp_fast.model import Critic, Policy
@@ -34,6 +35,8 @@ from rlsp_fast.rollout import Engine, Sampling, make_engine
 from rlsp_fast.types import Rollout, Score
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item", Problem, Demonstration)
 
 
 class DivergedError(RuntimeError):
@@ -128,10 +131,10 @@ class _Run:
 
     def go(self) -> Path:
         config, progress = self.config, self.progress
-        train = _problems(config, config.data.train, "training", self.tokenizer) if self.with_rl else []
         held_out = _problems(config, config.data.validation, "held-out", self.tokenizer)
         held_out = held_out[: config.data.validation_size or None]
-        demonstrations = self._demonstrations(config.sft.train) if self.with_sft else []
+        train = _problems(config, config.data.train, "training", self.tokenizer, held_out) if self.with_rl else []
+        demonstrations = self._demonstrations(config.sft.train, held_out) if self.with_sft else []
         demonstrations_val = self._demonstrations(config.sft.validation) if self.with_sft else []
         start_path = str(self.sft_path) if progress.sft_done else config.model.path
         policy = model.build(Policy, config.model, start_path, self.device, self.mesh)
@@ -156,10 +159,11 @@ class _Run:
         write_report(self.folder, config)
         return self.folder
 
-    def _demonstrations(self, sources: Sequence[str]) -> list[sft.Tokens]:
+    def _demonstrations(self, sources: Sequence[str], held_out: Sequence[Problem] = ()) -> list[sft.Tokens]:
         if not sources:
             return []
         found = data.load_demonstrations(sources, self.config.data)
+        found = keep_apart(self.config, "sft.train", found, held_out)
         rendered, dropped = data.render_demonstrations(found, self.tokenizer, self.config.data, self.config.sft.max_length)
         note = f", {dropped} over sft.max_length = {self.config.sft.max_length} dropped" if dropped else ""
         log.info("%s demonstrations%s", f"{len(rendered):,}", note)
@@ -440,15 +444,49 @@ def check_context(config: Config) -> None:
         )
 
 
+def keep_apart(config: Config, key: str, items: list[Item], held_out: Sequence[Problem]) -> list[Item]:
+    """What may be trained on, as data.overlap says: refuses, or leaves out, what overlaps a held-out problem."""
+    if config.data.overlap == "allow" or not held_out:
+        return items
+    start = time.perf_counter()
+    end = "\n" + config.data.instruction  # the same on both sides, so it says nothing
+    texts = [[p.messages[-1]["content"].removesuffix(end) for p in part] for part in (items, held_out)]
+    found = dist.gather_objects(decontaminate.find(*texts) if dist.rank() == 0 else [])[0]
+    if not found:
+        return items
+    if config.data.overlap == "drop":
+        log.info(
+            "%s: %s of %s left out, since they overlap data.validation (%.1f s)",
+            key, f"{len(found):,}", f"{len(items):,}", time.perf_counter() - start,
+        )  # fmt: skip
+        gone = {o.train for o in found}
+        if len(gone) == len(items):
+            raise ConfigError(f"{key}: all of its {len(items):,} problems overlap data.validation, so none would be left")
+        return [item for i, item in enumerate(items) if i not in gone]
+    first = min(found, key=lambda o: (-o.share, o.train))
+    mine, theirs = items[first.train], held_out[first.evaluation]
+    sources = shlex.join(config.sft.train if key == "sft.train" else config.data.train)
+    raise ConfigError(
+        f"{key}: {len(found):,} of {len(items):,} problems overlap data.validation, so its accuracy would say nothing about "
+        f"new problems. {mine.source} index {mine.index}, {texts[0][first.train][:80]!r}, and {theirs.source} index "
+        f"{theirs.index}, {texts[1][first.evaluation][:80]!r}: {first.why}, {100 * first.share:.0f} %. Take them out with "
+        f"`rlsp data decontaminate {sources} --against {shlex.join(config.data.validation)} --out clean.jsonl`, or set "
+        f"data.overlap=drop (leave them out of this run) or data.overlap=allow (train on them)"
+    )
+
+
 def probs_limit(config: Config) -> float:
     """rollout.max_probs_diff, or what rounding in model.dtype explains with room to spare."""
     return config.rollout.max_probs_diff or {"float32": 1e-3, "bfloat16": 2e-2}[config.model.dtype]
 
 
-def _problems(config: Config, sources: Sequence[str], what: str, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+def _problems(
+    config: Config, sources: Sequence[str], what: str, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Problem] = ()
+) -> list[Problem]:
     if not sources:
         return []
-    problems, dropped = data.render(data.load_problems(sources, config.data), tokenizer, config.data)
+    found = keep_apart(config, "data.train", data.load_problems(sources, config.data), held_out)
+    problems, dropped = data.render(found, tokenizer, config.data)
     note = f", {dropped} over data.max_prompt_length = {config.data.max_prompt_length} dropped" if dropped else ""
     log.info("%s %s problems%s", f"{len(problems):,}", what, note)
     return problems
