@@ -403,6 +403,7 @@ class _Search:
         order = np.argsort(key, kind="stable")
         keys, borders = np.unique(key[order], return_index=True)
         borders = np.append(borders, len(order))
+        shared_G = np.zeros(num_grams, bool)
         best: dict[int, tuple[float, int, np.ndarray]] = {}
         numbers: dict[tuple[bool, int], Counter[int]] = {}
         own = {int(e): self._own(int(e), common) for e in np.unique(e)}
@@ -412,7 +413,9 @@ class _Search:
             size = int(mine.sum())
             if self.threshold and (size < self.n or self.n * int(windows[order[a:b]].sum()) < self.threshold * size):
                 continue
-            covered = self._covered(e, np.isin(self.grams_of[e], g[order[a:b]]))
+            shared_G[g[order[a:b]]] = True
+            covered = self._covered(e, shared_G[self.grams_of[e]])
+            shared_G[g[order[a:b]]] = False
             share = float((covered & mine).sum() / max(size, 1))
             if share < self.threshold or (t in best and best[t][0] >= share):
                 continue
