@@ -73,6 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(mode="strict")
     check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="limit of one verification")
     check.add_argument("--workers", type=int, default=2, help="verifier processes")
+    of_data = verb("data", None, "work on problem sets: decontaminate").add_subparsers(required=True, metavar="VERB")
+    text = "leave out training problems that overlap evaluation problems, with a report of each and why"
+    apart = of_data.add_parser("decontaminate", help=text, description=text)
+    apart.set_defaults(verb=_decontaminate)
+    apart.add_argument("train", nargs="+", metavar="TRAIN", help="sources as in data.train: files, hf:..., reasoning-gym:...")
+    apart.add_argument("--against", nargs="+", required=True, metavar="EVAL", help="evaluation sets, same forms")
+    apart.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help="where the rows that overlap none go")
+    apart.add_argument("--report", type=Path, metavar="REPORT.jsonl", help="where the others go (default: OUT.removed.jsonl)")
+    apart.add_argument("--ngram", type=int, default=13, metavar="N", help="tokens of an n-gram (default 13)")
+    apart.add_argument(
+        "--threshold", type=float, default=0.5, metavar="SHARE",
+        help="of an evaluation problem's tokens, covered by shared n-grams (default 0.5); 0: any shared n-gram",
+    )  # fmt: skip
+    apart.add_argument("--prompt-key", metavar="COLUMN", help="column with the problem, where it has a name of its own")
     gguf = verb("import-gguf", _import_gguf, "turn a GGUF model into a Hugging Face folder")
     gguf.add_argument("source", help="a .gguf file, or an installed package that holds one")
     gguf.add_argument("out", type=Path, help="folder to write")
@@ -156,6 +170,17 @@ def _verify(args: argparse.Namespace) -> int:
     from rlsp_fast.verifier import verify_file
 
     verify_file(args.file, args.out, mode=args.mode, timeout_s=args.timeout, workers=args.workers)
+    return 0
+
+
+def _decontaminate(args: argparse.Namespace) -> int:
+    from rlsp_fast.decontaminate import clean, print_summary
+
+    summary = clean(
+        args.train, args.against, args.out, args.report,
+        ngram=args.ngram, threshold=args.threshold, prompt_key=args.prompt_key,
+    )  # fmt: skip
+    print_summary(summary, args.out)
     return 0
 
 

@@ -48,6 +48,8 @@ class DataConfig(_Section):
     """Held-out problems, same forms. Empty: no evaluation."""
     validation_size: Count = 0
     """Use only the first this many held-out problems; 0 uses all."""
+    overlap: Literal["refuse", "drop", "allow"] = "refuse"
+    """What a run does when training problems or demonstrations overlap the held-out problems (docs/data.md)."""
     prompt_key: str | None = None
     """Column with the problem. Unset: problem, question, prompt or messages, the first that is there."""
     answer_key: str | None = None
@@ -67,6 +69,10 @@ class RolloutConfig(_Section):
     """auto: vLLM where it imports, else transformers."""
     n: Positive = 1
     """Responses sampled per problem (K)."""
+    dynamic_sampling: Literal["off", "drop", "refill"] = "off"
+    """Problems whose responses are all right or all wrong: trained on, dropped, or replaced until the batch is full."""
+    sampling_rounds: Positive = 4
+    """With dynamic_sampling = refill, at most this many rounds of generation a step; then the step trains on what it has."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
     """Sampling temperature; the trainer's log-probabilities use it too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -268,6 +274,11 @@ class Config(_Section):
         if a.advantage in ("grpo", "rloo") and r.n < 2:
             raise ValueError(
                 f"algorithm.advantage = {a.advantage} compares the responses of one problem: want rollout.n >= 2, got {r.n}"
+            )
+        if r.dynamic_sampling != "off" and r.n < 2:
+            raise ValueError(
+                f"rollout.dynamic_sampling = {r.dynamic_sampling} drops problems whose responses all fare alike, and one "
+                f"alone always does: want rollout.n >= 2, got {r.n}"
             )
         longest = self.data.max_prompt_length + r.max_response_length
         if t.steps and longest > t.max_tokens_per_micro_batch:

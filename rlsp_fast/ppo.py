@@ -4,8 +4,10 @@ Axes: T packed positions, S sequences. The same loop serves GRPO, RLOO and REINF
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from rlsp_kernels import (
@@ -97,13 +99,17 @@ class PPO:
     def pack(self, samples: Sequence[Sample]) -> list[list[MicroBatch]]:
         """This rank's micro-batches of every mini-batch. Samples are those of all ranks, in the same order everywhere.
 
-        Each mini-batch is spread over the ranks as packing.schedule says.
+        Mini-batches hold train.mini_batch_size problems. Where dynamic sampling left fewer, they hold equally many to within
+        one: a remainder of a problem or two would get an optimizer step of its own. Each is spread over the ranks as
+        packing.schedule says.
         """
-        train = self.config.train
-        size = train.mini_batch_size * self.config.rollout.n
+        train, n = self.config.train, self.config.rollout.n
+        num_problems = len(samples) // n
+        count = math.ceil(num_problems / train.mini_batch_size)
+        borders = [num_problems * i // count * n for i in range(count + 1)] if count else []
         mini_batches = []
-        for start in range(0, len(samples), size):
-            chosen = samples[start : start + size]
+        for start, end in pairwise(borders):
+            chosen = samples[start:end]
             lengths = [s.num_positions for s in chosen]
             groups = schedule(lengths, dist.world_size(), train.max_tokens_per_micro_batch)[dist.rank()]
             num_tokens = sum(len(s.response_ids) for s in chosen)

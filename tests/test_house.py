@@ -13,13 +13,15 @@ LAYERS = [  # a module may import only from rows above its own
     {"__version__", "config", "types", "answer"},
     {"rlsp_kernels", "notation"},
     {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
-    {"reward", "log", "model", "rollout", "optim", "memory"},
+    {"reward", "decontaminate", "log", "model", "rollout", "optim", "memory"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert"},
     {"train", "demo", "plan", "doctor"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "judge", "data", "reward"}
+WITHOUT_TORCH = {
+    "config", "types", "answer", "notation", "verifier", "verify_worker", "judge", "data", "reward", "decontaminate",
+}  # fmt: skip
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
     "wandb": {"log"},
