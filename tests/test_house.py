@@ -10,16 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module may import only from rows above its own
-    {"__version__", "config", "types", "answer"},
+    {"__version__", "config", "types", "answer", "repetition"},
     {"rlsp_kernels", "notation"},
     {"data", "verifier", "verify_worker", "packing", "dist"},
-    {"reward", "log", "model", "rollout", "optim", "memory"},
+    {"reward", "log", "model", "rollout", "optim", "memory", "monitor"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert"},
     {"train", "demo", "plan", "doctor"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "data", "reward"}
+WITHOUT_TORCH |= {"repetition", "monitor"}
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
     "wandb": {"log"},
