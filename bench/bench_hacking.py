@@ -5,7 +5,7 @@
 Trains the demo's SFT model by RL on three rewards, with the shipped detectors watching:
 
     honest   the demo's own reward
-    hacked   length alone (alpha = 0, a C that pays up to the limit, no KL): nothing holds the policy to the task
+    hacked   length alone (alpha = 0, a C that pays up to the limit): only the demo's small KL holds the policy to its task
     guarded  as hacked, with the repetition part of reward.exploration, where that is built in
 
 and appends to bench/results/hacking.csv the step at which each detector spoke, beside what the responses had become. --sft is
@@ -24,7 +24,7 @@ from rows import append, origin
 from rlsp_fast import demo
 from rlsp_fast.config import ConfigError, load
 
-LENGTH_ALONE = ["reward.alpha=0", "reward.length_c=80", "reward.exploration_min=-10", "algorithm.kl_coef=0"]
+LENGTH_ALONE = ["reward.alpha=0", "reward.length_c=80", "reward.exploration_min=-10"]
 RUNS = {
     "honest": [],
     "hacked": [*LENGTH_ALONE, "reward.exploration=length"],
@@ -45,7 +45,7 @@ def main() -> None:
     demo.prepare(Path("outputs/demo"), load("demo"))
     if not args.sft.exists():
         subprocess.run([sys.executable, "-m", "rlsp_fast", "sft", "demo", "data.validation=[]"], check=True)
-    rows = []
+    rows, where = [], origin()
     for name in args.only:
         folder = FOLDER / f"{name}-seed{args.seed}"
         overrides = [
@@ -64,7 +64,7 @@ def main() -> None:
             continue
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "rlsp_fast", "train", "demo", *overrides], check=True)
-        rows.append({**origin(), "run": name, "seed": args.seed, **measured(folder)})
+        rows.append({**where, "run": name, "seed": args.seed, **measured(folder)})
         print(rows[-1])
     if rows:
         print("appended to", append("hacking", rows))

@@ -108,6 +108,7 @@ def plot(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], alarms:
 
     x = [row["step"] for row in steps]
     shown = {name.replace("_", " "): f"behaviour/{name}" for name in _names(steps[-1])}
+    shown = {label: key for label, key in shown.items() if any(row.get(key) for row in steps)}
     panels = [
         ("accuracy", {"training problems": "reward/accuracy"}, "accuracy", ("behaviours_without_accuracy",)),
         ("tokens a response", {"training problems": LENGTH}, "response_length", ("length_without_accuracy",)),
@@ -135,10 +136,15 @@ def plot(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], alarms:
         axis.set_xlabel("RL step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        if axis.lines and len(axis.lines) > 1:
+        axis.set_xlim(min(0, x[0]), x[-1] + max(1, len(x) // 30))
+        if axis.lines and (len(axis.lines) > 1 or lines is shown):
             axis.legend(frameon=False, fontsize=9)
+        if title == "accuracy" or title.endswith("(share)") or title.endswith("(share of responses)"):
+            axis.set_ylim(bottom=0)
         if not axis.lines:
-            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="gray")
+            axis.text(0.5, 0.5, "nothing to show", transform=axis.transAxes, ha="center", va="center", color="gray")
+            axis.set_xticks([])
+            axis.set_yticks([])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
