@@ -2,11 +2,12 @@
 
     python bench/bench_hacking.py [--sft FOLDER] [--steps 30] [--engine vllm] [--only NAME ...] [--seed 0]
 
-Trains the demo's SFT model by RL on three rewards, with the shipped detectors watching:
+Trains the demo's SFT model by RL on four rewards, with the shipped detectors watching:
 
-    honest   the demo's own reward
-    hacked   length alone (alpha = 0, a C that pays up to the limit): only the demo's small KL holds the policy to its task
-    guarded  as hacked, with the repetition part of reward.exploration, where that is built in
+    honest     the demo's own reward
+    hacked     length alone (alpha = 0, a C that pays up to the limit, no KL): nothing holds the policy to its task
+    hacked-kl  the same with the demo's small KL
+    guarded    as hacked, with the repetition part of reward.exploration, where that is built in
 
 and appends to bench/results/hacking.csv the step at which each detector spoke, beside what the responses had become. --sft is
 the Hugging Face folder of a finished SFT stage (the demo's, in outputs/demo/run, when there is one); without one SFT is run.
@@ -27,8 +28,9 @@ from rlsp_fast.config import ConfigError, load
 LENGTH_ALONE = ["reward.alpha=0", "reward.length_c=80", "reward.exploration_min=-10"]
 RUNS = {
     "honest": [],
-    "hacked": [*LENGTH_ALONE, "reward.exploration=length"],
-    "guarded": [*LENGTH_ALONE, "reward.exploration=length+repetition:12"],
+    "hacked": [*LENGTH_ALONE, "algorithm.kl_coef=0"],
+    "hacked-kl": LENGTH_ALONE,
+    "guarded": [*LENGTH_ALONE, "algorithm.kl_coef=0", "reward.exploration=length+repetition:8"],
 }
 FOLDER = Path("outputs/hacking")
 DETECTORS = ("repetition_rising", "length_without_accuracy", "kl_collapse", "entropy_collapse", "behaviours_without_accuracy")
