@@ -19,7 +19,8 @@ Settings are a recipe (a TOML or YAML file, or the name of a shipped one) and do
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Runs one verb. Returns the exit code: 0, 2 for a user's mistake, 3 for numbers that cannot be trained on, 4 when a
+    detector stopped the run, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         return args.verb(args)
@@ -123,6 +124,8 @@ def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
         train.run(config, with_sft=sft, with_rl=rl)
     except train.Interrupted as stop:
         return _fail(str(stop), 130)
+    except train.AlarmedError as alarm:
+        return _fail(str(alarm), 4)
     except (sync.StaleWeightsError, train.DivergedError, memory.MemoryGrowthError) as error:
         return _fail(str(error), 3)
     except dist.HungRankError as error:

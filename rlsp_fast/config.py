@@ -216,6 +216,8 @@ class TrainConfig(_Section):
     """Ranks that share one copy of the weights; more ranks hold replicas (HSDP). 0: all ranks share one."""
     seed: Count = 0
     """Of everything random: data order and sampling."""
+    monitors: str | None = None
+    """TOML file of behaviours to count and detectors that warn or stop, laid over the shipped one. docs/monitors.md."""
 
 
 class SFTConfig(_Section):

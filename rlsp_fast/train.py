@@ -9,7 +9,7 @@ import resource
 import shlex
 import signal
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlsp_fast import checkpoint, data, decontaminate, dist, judge, model, sft, sync
+from rlsp_fast import checkpoint, data, decontaminate, dist, judge, model, monitor, sft, sync
 from rlsp_fast import log as logs
 from rlsp_fast.config import Config, ConfigError, dump, leaf_keys, load
 from rlsp_fast.data import Demonstration, Problem
@@ -47,6 +47,10 @@ class DivergedError(RuntimeError):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the state is saved, the message says where and how to go on."""
+
+
+class AlarmedError(Exception):
+    """A detector that may stop the run has found its signature: the state is saved, the message names the evidence."""
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -90,6 +94,7 @@ def run(config: Config, *, with_sft: bool, with_rl: bool) -> Path:
         StaleWeightsError: when the engine does not hold the trained weights.
         DivergedError: when a loss or gradient norm is not finite.
         Interrupted: after Ctrl-C, with everything saved.
+        AlarmedError: after a detector that stops the run, with everything saved.
     """
     device = dist.setup()
     logs.setup()
@@ -125,6 +130,8 @@ class _Run:
         check_loggers(config)
         if uses_judge(config.reward):
             judge.load_settings(config.reward.judge)  # refuses what cannot be used
+        self.monitors = monitor.load(config.train.monitors)
+        self.label = monitor.Behaviours(self.monitors)
         if with_rl or config.data.validation:
             check_context(config)
         _make_folder(self.folder)
@@ -227,11 +234,15 @@ class _Run:
         if first:
             checkpoint.load(self.folder, first, trained)
         sync.push(policy, engine, self.dtype)
+        watch = self._watch(first)
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
                 metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train)
-                done, last, stopped = step + 1, step + 1 == total, self._stopped()
+                metrics |= behaviours(rollouts, scores, self.label, self.monitors)
+                done, last = step + 1, step + 1 == total
+                alarm = self._alarm(watch, done, metrics)
+                stopped = self._stopped() or alarm is not None
                 if config.output.eval_every and done % config.output.eval_every == 0 and not (last or stopped):
                     result = self._evaluate(f"step {done}", done, policy, engine, scorer, held_out)
                     metrics |= result.metrics() if result else {}
@@ -243,11 +254,36 @@ class _Run:
                 if last or stopped or (config.output.save_every and done % config.output.save_every == 0):
                     path = checkpoint.save(self.folder, done, trained)
                     self._export(policy, done)
+                    if alarm is not None and not last:
+                        raise AlarmedError(f"{alarm.detector}: {_goodbye('RL step', done, total, path)}")
                     if stopped and not last:
                         raise Interrupted(_goodbye("RL step", done, total, path))
         if first >= total:  # a run that was cut short between its last save and its end
             self._export(policy, first)
         self._evaluate("after RL", max(first, total), policy, engine, scorer, held_out)
+
+    def _watch(self, first: int) -> monitor.Monitor:
+        """The detectors, told of the steps before `first` as if they had seen them. Rank 0 alone reads them."""
+        watch = monitor.Monitor(self.monitors)
+        if dist.rank() == 0:
+            for row in logs.read_rows(self.folder / "metrics.jsonl"):
+                if row["step"] <= first:
+                    watch.observe(row)
+            self._write_alarms(watch)
+        return watch
+
+    def _alarm(self, watch: monitor.Monitor, step: int, metrics: dict[str, float]) -> monitor.Alarm | None:
+        """Asks the detectors, warns, and returns the alarm that stops the run, if there is one: the same on every rank."""
+        found = watch.observe({"step": step, **metrics}) if dist.rank() == 0 else []
+        for alarm in found:
+            log.warning("%s at step %d: %s", alarm.detector, alarm.step, alarm.message)
+        if found:
+            self._write_alarms(watch)
+        return dist.gather_objects(next((alarm for alarm in found if alarm.stops), None))[0]
+
+    def _write_alarms(self, watch: monitor.Monitor) -> None:
+        """warnings.jsonl follows from metrics.jsonl and the thresholds, so it is written whole."""
+        (self.folder / "warnings.jsonl").write_text("".join(json.dumps(asdict(alarm)) + "\n" for alarm in watch.alarms))
 
     def _build_ppo(self, policy: Policy) -> tuple[PPO, dict[str, tuple[torch.nn.Module, Optimizer]]]:
         """PPO, and what of it a checkpoint holds."""
@@ -430,6 +466,15 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], config: Confi
     metrics["perf/total_num_tokens"] = total["response_length/mean"] + total["prompt_length/mean"]
     longest, peak = dist.max_over_ranks([max(lengths, default=0), _peak_memory_gib()])
     return metrics | {"response_length/max": longest, "memory/peak_gib": peak}
+
+
+def behaviours(
+    rollouts: Sequence[Rollout], scores: Sequence[Score], label: Callable[[str], monitor.Labels], monitors: monitor.Settings
+) -> dict[str, float]:
+    """How the responses of all ranks were thought out, as far as their text shows it."""
+    texts, ids = [r.text for r in rollouts], [r.response_ids for r in rollouts]
+    sums = monitor.tally(texts, ids, [s.correct for s in scores], label, monitors)
+    return monitor.rates(dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True)))
 
 
 def _peak_memory_gib() -> float:

@@ -10,17 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module may import only from rows above its own
-    {"__version__", "config", "types", "answer"},
+    {"__version__", "config", "types", "answer", "repetition"},
     {"rlsp_kernels", "notation"},
     {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
-    {"reward", "decontaminate", "log", "model", "rollout", "optim", "memory"},
+    {"reward", "decontaminate", "monitor", "log", "model", "rollout", "optim", "memory"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert"},
     {"train", "demo", "plan", "doctor"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 WITHOUT_TORCH = {
-    "config", "types", "answer", "notation", "verifier", "verify_worker", "judge", "data", "reward", "decontaminate",
+    "config", "types", "answer", "notation", "repetition", "verifier", "verify_worker", "judge", "data", "reward",
+    "decontaminate", "monitor",
 }  # fmt: skip
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
