@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module may import only from rows above its own
-    {"__version__", "config", "types", "answer"},
+    {"__version__", "config", "types", "answer", "spelling"},
     {"rlsp_kernels", "notation"},
     {"data", "verifier", "verify_worker", "packing", "dist"},
     {"reward", "log", "model", "rollout", "optim", "memory"},
@@ -19,7 +19,7 @@ LAYERS = [  # a module may import only from rows above its own
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "data", "reward"}
+WITHOUT_TORCH = {"config", "types", "answer", "spelling", "notation", "verifier", "verify_worker", "data", "reward"}
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
     "wandb": {"log"},
