@@ -56,6 +56,9 @@ _ORDINAL = re.compile(
     rf"(?<=\d)\s*(?:\^\s*\{{\s*{_ROMAN}\s*\{{\s*(?:st|nd|rd|th)\s*\}}\s*\}}|\^?\s*{_ROMAN}\s*\{{\s*(?:st|nd|rd|th)\s*\}}"
     r"|\^\s*\{\s*(?:st|nd|rd|th)\s*\}|\^?(?:st|nd|rd|th)(?![A-Za-z]))"
 )
+_LABEL = re.compile(
+    rf"^\s*(?:{_ROMAN}\s*\{{\s*)?(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:=]\s*\}}?\s*(?=\S)", re.IGNORECASE
+)
 _MONEY = re.compile(rf"^\s*(?:{_ROMAN}\s*\{{\s*)?(USD|US|EUR|GBP|INR|Rs)\b\.?\s*\}}?\s*\\?\$?\s*(?=[\d.])")
 _MONEY_SIGNS = {"USD": r"\$", "US": r"\$", "EUR": "€", "GBP": "£", "INR": "₹", "Rs": "₹"}
 _UNIT_POWER = re.compile(rf"({_ROMAN}\s*\{{[^{{}}]*\^)\{{(-?\d)\}}")
@@ -86,6 +89,7 @@ def respell(text: str) -> str:
     text = _ANGLE.sub(" ", _LOOKS.sub(" ", text))
     text = re.sub(r"\\overline\s*\{([A-Z]{2})\}", r"\1", text)
     text = re.sub(r"(?<=\d)(?: to |\s*\\text\{ to \}\s*)(?=\d)", ":", text)
+    text = _LABEL.sub("", re.sub(rf"{_ROMAN}\s*\{{\s*[.,;:]?\s*\}}\s*$", "", text))
     text = re.sub(r"(?<!\\)\\\s*$", "", text.strip())
     text = re.sub(r"(?<![.\s\\])[\s.,;:]+$|\\\\\s*$", "", text.strip()) if not text.endswith("...") else text
     text = re.sub(r"^(?:\\(?:approx|sim|therefore|implies|Rightarrow)(?![A-Za-z])|~|=)\s*", "", text)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from verifier_near_misses import NEAR_MISSES
+from verifier_near_misses import KNOWN_GAPS, NEAR_MISSES
 from verifier_pairs import PAIRS
 
 from rlsp_fast.answer import Exact
@@ -50,6 +50,12 @@ def test_right_forms_are_correct_and_wrong_ones_are_not(verifier, pairs):
     verdicts = verifier.verify_many([(boxed(a), g) for g, a, _ in cases])
     failures = [(*case, v.verdict) for case, v in zip(cases, verdicts, strict=True) if v.verdict != case[2]]
     assert not failures
+
+
+def test_known_gaps_are_still_gaps(verifier):
+    """A right answer that is judged wrong costs a reward; one that is judged right now belongs to the pairs."""
+    verdicts = verifier.verify_many([(boxed(answer), gold) for gold, answer in KNOWN_GAPS])
+    assert not [pair for pair, v in zip(KNOWN_GAPS, verdicts, strict=True) if v.verdict != "wrong"]
 
 
 @pytest.mark.parametrize("pairs", FORMS)
@@ -323,23 +329,36 @@ def test_hostile_answers_are_judged_in_bounded_time_and_harm_no_other(verifier, 
         "\\" * 999_998 + r" \boxed{42}",
         r"\boxed{" * 100_000 + r"\boxed{42}",
         r"\boxed{41}" * 100_000 + r"\boxed{42}",
+        r"\boxed{41}" + " " * 1_000_000 + r"and \boxed{42}",
+        r"\boxed{40}, " * 50_000 + r"so \boxed{42}",
         "</think>" * 100_000 + r"\boxed{42}",
         "\x00\ud800" * 100_000 + r"\boxed{42}",
     ],
-    ids=["words", "open braces", "closed braces", "backslashes", "open boxes", "boxes", "thoughts", "garbage"],
+    ids=[
+        "words",
+        "open braces",
+        "closed braces",
+        "backslashes",
+        "open boxes",
+        "boxes",
+        "far boxes",
+        "joined boxes",
+        "thoughts",
+        "garbage",
+    ],
 )
 @pytest.mark.parametrize("mode", ["strict", "lenient"])
 def test_a_megabyte_before_the_box_is_read_in_linear_time(response, mode):
-    start = time.perf_counter()
+    start = time.thread_time()
     assert extract_answer(response, mode) == "42"
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 @pytest.mark.parametrize("text", ["answer " * 140_000, "$" * 1_000_000, "#### " * 200_000, "1," * 500_000, "answer:" * 140_000])
 def test_lenient_search_is_bounded_too(text):
-    start = time.perf_counter()
+    start = time.thread_time()
     extract_answer(text, "lenient")
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 # --- processes, threads, event loops ----------------------------------------------------------------------------------
