@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module may import only from rows above its own
-    {"__version__", "config", "types", "answer", "repetition"},
+    {"__version__", "config", "types", "answer", "spelling", "repetition"},
     {"rlsp_kernels", "notation"},
     {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
     {"reward", "decontaminate", "monitor", "log", "model", "rollout", "optim", "memory"},
@@ -20,7 +20,7 @@ LAYERS = [  # a module may import only from rows above its own
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 WITHOUT_TORCH = {
-    "config", "types", "answer", "notation", "repetition", "verifier", "verify_worker", "judge", "data", "reward",
+    "config", "types", "answer", "spelling", "notation", "repetition", "verifier", "verify_worker", "judge", "data", "reward",
     "decontaminate", "monitor",
 }  # fmt: skip
 SOLE_IMPORTERS = {
