@@ -95,7 +95,7 @@ def perturbed(gold: str) -> Iterator[tuple[str, str]]:
     parts = [p.strip() for p in split(bracketed[2] if bracketed else gold)]
     if bracketed and len(parts) > 1:
         opening, _, closing = bracketed.groups()
-        if len(set(parts)) > 1:
+        if parts != parts[::-1]:
             yield "order", opening + ", ".join(reversed(parts)) + closing
         yield "part dropped", opening + ", ".join(parts[:-1]) + closing
         yield "part added", opening + ", ".join([*parts, "7"]) + closing
