@@ -60,6 +60,7 @@ dtype = "float32"
 [data]
 train = ["problems.jsonl"]
 validation = ["held_out.jsonl"]
+overlap = "allow"
 template = "{problem}"
 max_prompt_length = 32
 [rollout]

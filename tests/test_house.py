@@ -10,21 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module may import only from rows above its own
-    {"__version__", "config", "types", "answer", "repetition"},
+    {"__version__", "config", "types", "answer", "spelling", "repetition"},
     {"rlsp_kernels", "notation"},
-    {"data", "verifier", "verify_worker", "packing", "dist"},
-    {"reward", "log", "model", "rollout", "optim", "memory", "monitor"},
+    {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
+    {"reward", "decontaminate", "monitor", "log", "model", "rollout", "optim", "memory"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert"},
     {"train", "demo", "plan", "doctor"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "data", "reward"}
-WITHOUT_TORCH |= {"repetition", "monitor"}
+WITHOUT_TORCH = {
+    "config", "types", "answer", "spelling", "notation", "repetition", "verifier", "verify_worker", "judge", "data", "reward",
+    "decontaminate", "monitor",
+}  # fmt: skip
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
     "wandb": {"log"},
-    "nvtx": {"log"},
+    "nvtx": {"log", "memory"},
     "train": {"__main__"},
     "__main__": set(),
     "bench": set(),
