@@ -54,7 +54,7 @@ _TOKEN = re.compile(
     r"""(?P<gap>(?:\s|~|\{\}|\\[ ,;:>!]|\\q?quad(?![A-Za-z]))*)
     (?:(?P<num>\d+(?:\.\d+)?|\.\d+)
     |\\(?:text[a-z]*|[mh]box|emph|mathrm|operatorname\*?)\s*\{(?P<roman>[^{}]*)\}
-    |\\(?P<edge>begin|end)\s*\{(?P<environment>[^{}]+)\}
+    |\\(?P<edge>begin|end)\s*\{\s*(?P<environment>[^{}\s]+)\s*\}
     |(?P<degree>\^\s*(?:\\circ|\{\s*\\circ\s*\}|\\degree)(?![A-Za-z])|\\degree(?![A-Za-z]))
     |\\(?P<command>[A-Za-z]+|.)
     |(?P<word>[A-Za-z]+)
@@ -1023,7 +1023,7 @@ def readings(text: str, gold: bool) -> tuple[Node, ...]:
         nodes.append(Value(("sym", choice[1] or choice[2])))
         nodes += [] if re.fullmatch("[A-Za-z]", choice[3]) else [_parse(choice[3])]
     elif lone := re.fullmatch(r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:?\s*)?\(?([A-Za-z])[.)]?", plain):
-        nodes = [Value(("sym", lone[1].upper()))] if lone[1].lower() not in "ei" or len(plain) > 1 else nodes
+        nodes += [Value(("sym", lone[1].upper()))] if lone[1].lower() not in "ei" or len(plain) > 1 else []
     if numeral := re.fullmatch(r"(\d*[A-F][\dA-F]*)(?:\s*_\s*\{?(\d+)\}?)?", plain):
         base = f"base {numeral[2]}"
         nodes.append(Value(("sym", numeral[1]), Unit(frozenset({base}), ((base, 1),)) if numeral[2] else None))

@@ -43,6 +43,8 @@ _LOOKS = re.compile(
     r"|\\[()]|\\\[(?!\d*pt)|\\\]"
 )
 """Commands that change how a formula looks and not what it says."""
+_GAPS = re.compile(r"^(?:\s|\\[,;:!> ]|\\q?quad(?![A-Za-z])|~)+|(?:(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])|~|\s)+$")
+"""White space around a text, in LaTeX."""
 _ANGLE = re.compile(r"(?:\bm\s*)?\\(?:measured)?angle(?![A-Za-z])")
 _ROW_GAP = re.compile(r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]")
 _BRACED_SIGN = re.compile(r"(?<![\^_}\\])(?<!\\text)(?<!\\mathrm)(?<!\\mbox)\{\s*([-+=<>:,*/])\s*\}")
@@ -87,7 +89,8 @@ def respell(text: str) -> str:
     text = _ROW_GAP.sub(r"\\\\ ", text)
     text = re.sub(r"\{\s*\\rm\s+([^{}]*)\}", r"\\text{\1}", text)
     text = _ANGLE.sub(" ", _LOOKS.sub(" ", text))
-    text = re.sub(r"\\overline\s*\{([A-Z]{2})\}", r"\1", text)
+    text = _GAPS.sub("", text)
+    text = re.sub(r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1", text)
     text = re.sub(r"(?<=\d)(?: to |\s*\\text\{ to \}\s*)(?=\d)", ":", text)
     text = _LABEL.sub("", re.sub(rf"{_ROMAN}\s*\{{\s*[.,;:]?\s*\}}\s*$", "", text))
     text = re.sub(r"(?<!\\)\\\s*$", "", text.strip())

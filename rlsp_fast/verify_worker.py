@@ -98,8 +98,9 @@ def _points(expr: sympy.Expr) -> list[dict[sympy.Symbol, sympy.Rational]]:
 def _identical(a: sympy.Expr, b: sympy.Expr) -> bool:
     if a - b == 0:
         return True
-    names = (a - b).free_symbols
-    points = _points(a - b) if names else [{}]
+    both = sympy.Tuple(a, b)
+    names = both.free_symbols
+    points = _points(both) if names else [{}]
     tried = 0
     for point in points:
         x, y = a.subs(point), b.subs(point)
@@ -108,7 +109,7 @@ def _identical(a: sympy.Expr, b: sympy.Expr) -> bool:
         if not _close(x, y):
             return False
         tried += 1
-    for name in sorted(names, key=str)[:4] if not (a - b).has(sympy.factorial2) else ():
+    for name in sorted(names, key=str)[:4] if not both.has(sympy.factorial2) else ():
         beyond = points[0] | {name: -points[0][name]}
         x, y = a.subs(beyond), b.subs(beyond)
         if _is_real(x) and _is_real(y) and not _close(x, y):
@@ -129,7 +130,7 @@ def _close(gold: sympy.Expr, answer: sympy.Expr) -> bool:
         size = abs(gold.evalf(2, maxn=DIGITS, strict=True)) or sympy.Integer(1)
         terms = sympy.Add.make_args(difference)
         largest = max(abs(term.evalf(2, maxn=DIGITS, strict=True)) for term in terms)
-        digits = DIGITS + max(0, int(sympy.log(largest / size, 10)) + 1)
+        digits = DIGITS + max(0, int(sympy.log(largest / size, 10).evalf(15)) + 1)
         if digits > MOST_DIGITS:
             return False
         total = sum(term.evalf(digits, maxn=2 * digits, strict=True) for term in terms)

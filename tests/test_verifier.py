@@ -630,6 +630,7 @@ def test_solutions_of_gsm8k_give_their_own_answers(name):
 def test_every_gold_answer_is_itself(name, mode):
     golds = [gold_of(row) for row in data_rows(name)]
     assert not disagreements([(boxed(gold), gold) for gold in golds], mode)
+    assert not disagreements([(boxed(rf" \displaystyle {gold}\, "), gold) for gold in golds], mode)
 
 
 def gold_of(row: dict) -> str:

@@ -876,10 +876,12 @@ NEAR_MISSES: dict[str, list[tuple[str, list[str], list[str]]]] = {
         ("0", [r"\sqrt2+\sqrt3-\sqrt{5+2\sqrt6}"], []),
         ("10^{-300}", [r"10^{-300}+\sqrt2+\sqrt3-\sqrt{5+2\sqrt6}"], [r"2\cdot 10^{-300}+\sqrt2+\sqrt3-\sqrt{5+2\sqrt6}",
           r"\sqrt2+\sqrt3-\sqrt{5+2\sqrt6}"]),
-        ("x", [], [r"10^{200}(\sqrt2+\sqrt3-\sqrt{5+2\sqrt6})+x+1"]),
+        ("x", [r"10^{50}(\sqrt2+\sqrt3-\sqrt{5+2\sqrt6})+x"], [r"10^{200}(\sqrt2+\sqrt3-\sqrt{5+2\sqrt6})+x+1"]),
         (r"\lfloor\frac{x}{3}\rfloor", [], [r"\lfloor\frac{x}{4}\rfloor"]),
         ("|x+1|", [], ["x+1"]),
         (r"\sqrt{(x+1)^2}", ["|x+1|"], ["x+1"]),
+        (r"5\sqrt2", [r"10^{150}(\sqrt2+\sqrt3-\sqrt{5+2\sqrt6})+5\sqrt2"], [
+          r"10^{150}(\sqrt2+\sqrt3-\sqrt{5+2\sqrt6})+5\sqrt2+1"]),
     ],
     "ratios": [
         ("1:2:3", ["-1:-2:-3"], ["0:0:0", "1:2:4"]),
@@ -980,6 +982,15 @@ NEAR_MISSES: dict[str, list[tuple[str, list[str], list[str]]]] = {
         (r"\pi-3", [], ["0.14159"]),
         (r"\frac{\pi}{12}", [r"15^\circ"], [r"\frac{1}{12}"]),
         (r"120\pi", [r"120 \pi \text{ cm}^3"], ["377", "120"]),
+    ],
+    "white space": [
+        ("4.5e33", [r"4.5e33\,"], [r"4.5e32\,"]),
+        ("n", [r"\displaystyle n\, ", "x = n"], ["m"]),
+        ("b", [r"\,b\,"], []),
+        (r"-\frac53.", [r"-\frac{5}{3}.\,"], []),
+        (r"\begin{pmatrix} 4 \\ -3 \end{pmatrix}", [r"\begin{ pmatrix } 4 \\ -3 \end{ pmatrix }"], []),
+        (r"\overline{CD}", [r"\overline{ CD }"], []),
+        ("1,600", [], ["1, 600"]),
     ],
 }  # fmt: skip
 
