@@ -13,13 +13,13 @@ LAYERS = [  # a module may import only from rows above its own
     {"__version__", "config", "types", "answer"},
     {"rlsp_kernels", "notation"},
     {"data", "verifier", "verify_worker", "packing", "dist"},
-    {"reward", "log", "model", "rollout", "optim", "memory"},
-    {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert"},
-    {"train", "demo", "plan", "doctor"},
+    {"reward", "log", "model", "rollout", "optim", "memory", "shapes"},
+    {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert", "plan"},
+    {"train", "demo", "doctor"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "data", "reward"}
+WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "data", "reward", "shapes", "plan"}
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
     "wandb": {"log"},
