@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt-tokens", type=int, metavar="N", help="mean, for times (default 256)")
     plan.add_argument("--response-tokens", type=int, metavar="N", help="mean, for times (default: half of the limit)")
     plan.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor = verb("doctor", _doctor, "whether training can start on this machine; exit code 1 when not")
+    doctor.add_argument("recipe", nargs="?", help="look at what this recipe needs, too")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. model.path=/models/mine")
     demo = verb("demo", _demo, "train a small transformer from scratch on this machine, a CPU will do")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the demo recipe")
     demo.add_argument("--seed", type=int, default=0, help="of model, demonstrations, order and sampling (default 0)")
@@ -149,6 +152,13 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         plan.show(job)
     return 0 if plan.fits(job) else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rlsp_fast import doctor
+
+    config = configs.load(args.recipe, args.overrides) if args.recipe else None
+    return doctor.report(doctor.examine(config))
 
 
 def _demo(args: argparse.Namespace) -> int:

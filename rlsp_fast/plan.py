@@ -510,10 +510,11 @@ def _phase_peak(job: Job, name: str) -> Peak:
         return max((annotate_peak(job, kind) for kind in kinds), key=lambda peak: peak.total)
     if name.startswith("update"):
         return update_peak(job, "critic" if name == "update critic" else "policy")
-    # A push holds two buckets: a layer each, or the embedding, in float32 as gathered and in the compute dtype as loaded. They
-    # are in torch's free list when the KV cache wakes.
-    bucket = max(max(map(count, job.shapes.layers)), job.shapes.head_parameters)
-    return Peak(gathered=bucket * (4 + job.dtype_bytes), activations=0, logits=0)
+    # A push holds two gathered buckets (a layer, or the embedding or head alone) and a copy of the tensor being loaded; on one
+    # rank that copy alone. They are in torch's free list when the KV cache wakes.
+    layer, head = max(map(count, job.shapes.layers)), job.shapes.head_parameters
+    held = max(2 * layer, layer + head) + head if job.shard_size > 1 else head
+    return Peak(gathered=held * job.dtype_bytes, activations=0, logits=0)
 
 
 def host_bytes(job: Job) -> int:
