@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent
 BUILD = ROOT / "build" / "native"  # kept, so that building twice does nothing the second time
 
 
-def find_program(name: str, *folders: str | None) -> str | None:
+def find_program(name: str, *folders: str) -> str | None:
     """Path of a program: on the PATH, beside this Python (where pip puts cmake and ninja), or in one of the folders."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), *filter(None, folders)])
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders])
     return shutil.which(name, path=path)
 
 
@@ -42,8 +42,7 @@ def plan(wanted: str) -> tuple[dict[str, str], list[str]]:
         raise SystemExit(f"RLSP_BUILD must be auto, none, cpu or cuda, got {wanted!r}")
     torch, cmake = installed_torch(), find_program("cmake")
     compiler = find_program(os.environ.get("CXX", "c++")) or find_program("g++") or find_program("clang++")
-    cuda_home = os.environ.get("CUDA_HOME")
-    nvcc = find_program("nvcc", cuda_home and os.path.join(cuda_home, "bin"), "/usr/local/cuda/bin")
+    nvcc = find_program("nvcc", os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
     reason = None
     if wanted == "none":
         reason = "RLSP_BUILD=none was set"

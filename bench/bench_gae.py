@@ -3,21 +3,28 @@
     python bench/bench_gae.py [--device cpu|cuda] [--threads 2] [--most-tokens 1048576] [--repeats 20]
 
 All providers take turns in one process, so that a busy machine slows all of them; each starts from a cold cache (a
-buffer larger than any cache is written in between). Prints a table and appends it to bench/results/gae.csv. Times are
-medians in microseconds, outputs allocated and all. GB/s counts 17 bytes a token: value and mask read, reward, advantage
-and return written; "of copy" is its share of what torch's copy_ of as many bytes reaches in the same run.
+buffer larger than any cache is read in between; lines written to it would have to go out during the call). Prints a
+table and appends it to bench/results/gae.csv. Times are medians in microseconds, outputs allocated and all. GB/s counts
+17 bytes a token: value and mask read, reward, advantage and return written; "of copy" is its share of what torch's copy_
+of as many bytes reaches in the same run.
 
-Loops take (S, L) tensors and one step of Python for each of L tokens; they are ours but for verl's, which runs if
-installed:
-  loop          delta and lambda alone (the recurrence of TRL and OpenRLHF, where masking comes later)
-  masked loop   and masked tokens carried through (that of verl and NeMo-RL)
+Loops take (S, L) tensors and one step of Python for each of L tokens:
+  loop          ours: delta and lambda alone (the recurrence of TRL and OpenRLHF, which mask before it)
+  masked loop   ours: and masked tokens carried through (that of verl and NeMo-RL)
+  verl, TRL, OpenRLHF   their own, where importable. verl's and TRL's whiten too. TRL: 0.11.4, the last release in which
+                        it is a function. "loop / this" divides by verl's, else by the masked loop.
+On a GPU, dense scans as well where importable: rl-triton (on no registry) and PufferLib (its wheels want torch 2.9).
 """
 
 import argparse
+import functools
+import importlib
 import logging
+import operator
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from rlsp_kernels.packed_gae import backend_report, packed_gae, packed_gae_torch
@@ -59,6 +66,47 @@ def masked_loop(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: 
     return advantages, advantages + value
 
 
+@functools.cache
+def imported(module: str, name: str) -> Callable[..., object] | None:
+    """A function of another project; None, and said once, where it is not to be had."""
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError, RuntimeError) as error:  # RuntimeError: TRL's word for a missing dependency
+        print(f"{module.split('.')[0]}: left out, {str(error).splitlines()[-1]}")
+        return None
+
+
+def peer_loops(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> dict[str, Callable[[], object]]:
+    """The Python loops over (S, L) that trainers publish."""
+    calls = {}
+    if verl := imported("verl.trainer.ppo.core_algos", "compute_gae_advantage_return"):
+        numbers = torch.tensor([gamma, lam], device=value.device)
+        calls["verl"] = lambda: verl(reward, value, mask, *numbers)
+    if trl := imported("trl.trainer.ppo_trainer", "PPOTrainer.compute_advantages"):
+        trainer = SimpleNamespace(config=SimpleNamespace(gamma=gamma, lam=lam, whiten_rewards=False))
+        calls["TRL"] = lambda: trl(trainer, value, reward, mask)
+    maker = "openrlhf.trainer.ppo_utils.experience_maker"
+    if openrlhf := imported(maker, "RemoteExperienceMaker.get_advantages_and_returns"):
+        calls["OpenRLHF"] = lambda: openrlhf(None, value, reward, mask, gamma, lam)
+    return calls
+
+
+def peer_scans(reward: Tensor, value: Tensor, gamma: float, lam: float) -> dict[str, Callable[[], object]]:
+    """GPU kernels over (S, L) with no mask. They give advantages alone."""
+    calls = {}
+    end = torch.zeros_like(value)
+    end[:, -1] = 1
+    if rl_triton := imported("rl_triton", "compute_gae"):
+        calls["rl-triton"] = lambda: rl_triton(reward, value, end, gamma=gamma, lambda_=lam)
+    if imported("pufferlib._C", "__name__"):  # importing it registers the op
+        puffer = torch.ops.pufferlib.compute_puff_advantage
+        # Rewards and ends of a token stand one column later than its value, and the last column gets no advantage.
+        later = [torch.nn.functional.pad(x, (1, 0)) for x in (reward, end)]
+        values, ratio = torch.nn.functional.pad(value, (0, 1)), torch.ones_like(later[0])
+        calls["PufferLib"] = lambda: puffer(values, *later, ratio, torch.empty_like(values), gamma, lam, 1.0, 1.0)
+    return calls
+
+
 def providers(S: int, L: int, device: str) -> dict[str, Callable[[], object]]:
     """Name -> the call that is timed, for one batch of S sequences of L tokens."""
     g = torch.Generator().manual_seed(0)
@@ -84,22 +132,21 @@ def providers(S: int, L: int, device: str) -> dict[str, Callable[[], object]]:
     if L <= LONGEST_LOOP and T <= 1 << 20:
         calls["loop"] = lambda: loop(reward, value, mask, 1.0, 0.95)
         calls["masked loop"] = lambda: masked_loop(reward, value, mask, 1.0, 0.95)
-        try:
-            from verl.trainer.ppo.core_algos import compute_gae_advantage_return
-        except ImportError as error:
-            print(f"verl: left out, {error}")
-        else:
-            gamma, lam = torch.tensor(1.0, device=device), torch.tensor(0.95, device=device)
-            calls["verl"] = lambda: compute_gae_advantage_return(reward, value, mask, gamma, lam)
+        calls |= peer_loops(reward, value, mask, 1.0, 0.95)
+    if device == "cuda":
+        calls |= peer_scans(reward, value, 1.0, 0.95)
     return calls
 
 
 def measure(calls: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, list[float]]:
     """Microseconds of every call, in turns. What takes more than a second is called three times and not warmed up."""
-    flush = torch.empty((256 if device == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+    # On a GPU, reading it also takes longer than it takes to call the op: what is timed is the device and not the caller.
+    flush = torch.zeros((1024 if device == "cuda" else 64) << 18, device=device)  # MiB
+    if device == "cpu":  # glibc hands 3 MB of outputs back to the kernel and faults them in anew until it has freed a
+        torch.zeros(31 << 20, dtype=torch.uint8)  # block of nearly 32 MiB, as every trainer has: 1 ms of 64 x 4096
 
     def once(call: Callable[[], object]) -> float:
-        flush.fill_(0)
+        flush.sum()
         if device == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()

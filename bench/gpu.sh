@@ -7,6 +7,7 @@
 # Parts and their limits in seconds, each within a command of 10 minutes:
 #   540  pytest: the tests marked gpu
 #   300  memcheck racecheck initcheck: the advantages under compute-sanitizer
+#   540  memcheck_triton: the kernels on logits
 #   300  bench_gae bench_packing
 #   540  bench_logprob_entropy bench_ppo_loss bench_linear_logprob_entropy bench_linear_ppo_loss bench_linear_ppo_loss_151936
 #        bench_token_losses: the Triton kernels beside their peers
@@ -49,13 +50,17 @@ part() {
   summary+=("$(printf '%-28s exit %-3d %4d s  %s' "$name" "$code" $((SECONDS - start)) "$last")")
 }
 
-sanitize() {
-  part "$1" 300 compute-sanitizer --tool "$1" --error-exitcode 1 \
-    python -m pytest -q -m gpu tests/test_packed_gae.py -k "not bench"
+sanitize() { part "$1" 300 python -m pytest -q -m gpu tests/test_packed_gae.py -k "sanitizer and $1"; }
+
+# The Triton kernels' own tests under memcheck, the small ones: it slows them a hundredfold.
+sanitize_triton() {
+  part memcheck_triton 540 compute-sanitizer --tool memcheck --error-exitcode 1 \
+    python -m pytest -q -m gpu tests/test_kernels.py -k "every_way_a_row_can_end or begin_anywhere or in_place"
 }
 
 part pytest 540 python -m pytest -q -m gpu tests
 for tool in memcheck racecheck initcheck; do sanitize "$tool"; done
+sanitize_triton
 part bench_gae 300 python bench/bench_gae.py --device cuda --most-tokens 8388608
 part bench_packing 300 python bench/bench_packing.py --dtype bfloat16 --sequences 128
 for bench in logprob_entropy ppo_loss linear_logprob_entropy token_losses; do

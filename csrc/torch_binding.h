@@ -43,6 +43,7 @@ inline Call prepare(const Tensor& value, const Tensor& cu_seqlens, const Tensor&
   using torch::stable::empty_like;
   using torch::stable::new_empty;
   const int64_t T = value.numel(), S = cu_seqlens.numel() - 1;
+  STD_TORCH_CHECK(S > 0 || (S == 0 && T == 0), "packed_gae: cu_seqlens must run from 0 to T = ", T, ", got ", S + 1, " numbers");
   Call call{{}, {empty_like(value), empty_like(value), empty_like(value), new_empty(value, {3}, ScalarType::Double),
                  new_empty(value, {}, ScalarType::Long)}};
   Problem& p = call.problem;

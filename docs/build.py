@@ -1,8 +1,9 @@
-"""Writes docs/config.md from the config's docstrings, and the README's tables from the CSVs in bench/results."""
+"""Writes docs/config.md from the config's docstrings, and the tables in the README and docs/rewards.md from bench/results."""
 
 import csv
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 from rlsp_fast import config
 
@@ -17,6 +18,8 @@ def main() -> None:
     readme = fill(readme, "demo table", demo())
     readme = fill(readme, "bench tables", "\n\n".join((step(), ops(), packing())))
     (ROOT / "README.md").write_text(readme)
+    rewards = ROOT / "docs" / "rewards.md"
+    rewards.write_text(fill(rewards.read_text(), "exploration table", exploration()))
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -53,6 +56,44 @@ def demo() -> str:
     lines += [f"Largest mean probability difference between engine and trainer at any step: {worst:.1e}."]
     lines += ["`python bench/bench_demo.py`"]
     return "\n".join(lines)
+
+
+def exploration() -> str:
+    """Each arm over its seeds, of the settings measured last."""
+    rows = newest("exploration", "exploration", "alpha", "seed", "rl_steps", "batch_size")
+    if not rows:
+        return "Not measured."
+    rows = [r for r in rows if all(r[k] == rows[-1][k] for k in ("rl_steps", "batch_size"))]
+    arms: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for r in sorted(rows, key=lambda r: (r["exploration"] != "none", r["exploration"], float(r["alpha"]))):
+        arms.setdefault((r["exploration"], r["alpha"] if r["exploration"] != "none" else ""), []).append(r)
+    lines = [
+        "| exploration | alpha | seeds | accuracy, % | tokens | works it out, % | corrects itself, % | repeated, % |",
+        "| --- |" + " --- |" * 7,
+        arm("before RL", "", max(arms.values(), key=len), "before"),
+        *(arm(*names, runs, "after") for names, runs in arms.items()),
+    ]
+    r = rows[-1] | {"commit": ", ".join(sorted({row["commit"] for row in rows}))}
+    lines += [
+        "",
+        f"After {r['rl_steps']} RL steps of {r['batch_size']} problems with 4 responses each, on {r['problems']} held-out",
+    ]
+    lines += ["problems; mean ± standard deviation between seeds. `none` is also every arm with alpha = 1."]
+    versions = f"{r['device']}, torch {r['torch']}, transformers {r['transformers']}, commit {r['commit']}."
+    return "\n".join([*lines, f"{versions} `python bench/bench_exploration.py`"])
+
+
+def arm(name: str, alpha: str, runs: list[dict[str, str]], when: str) -> str:
+    """A line of the exploration table."""
+    shares = [
+        across([100 * float(r[f"{k}_{when}"]) for r in runs]) for k in ("accuracy", "worked", "self_correction", "repeated")
+    ]
+    tokens = across([float(r[f"tokens_{when}"]) for r in runs])
+    return f"| {name} | {alpha} | {len(runs)} | {' | '.join([shares[0], tokens, *shares[1:]])} |"
+
+
+def across(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def step() -> str:

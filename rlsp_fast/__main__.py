@@ -19,7 +19,8 @@ Settings are a recipe (a TOML or YAML file, or the name of a shipped one) and do
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Runs one verb. Returns the exit code: 0, 2 for a user's mistake, 3 for numbers that cannot be trained on, 4 when a
+    detector stopped the run, 130 after Ctrl-C."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
@@ -92,6 +93,20 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(mode="strict")
     check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="limit of one verification")
     check.add_argument("--workers", type=int, default=2, help="verifier processes")
+    of_data = verb("data", None, "work on problem sets: decontaminate").add_subparsers(required=True, metavar="VERB")
+    text = "leave out training problems that overlap evaluation problems, with a report of each and why"
+    apart = of_data.add_parser("decontaminate", help=text, description=text)
+    apart.set_defaults(verb=_decontaminate)
+    apart.add_argument("train", nargs="+", metavar="TRAIN", help="sources as in data.train: files, hf:..., reasoning-gym:...")
+    apart.add_argument("--against", nargs="+", required=True, metavar="EVAL", help="evaluation sets, same forms")
+    apart.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help="where the rows that overlap none go")
+    apart.add_argument("--report", type=Path, metavar="REPORT.jsonl", help="where the others go (default: OUT.removed.jsonl)")
+    apart.add_argument("--ngram", type=int, default=13, metavar="N", help="tokens of an n-gram (default 13)")
+    apart.add_argument(
+        "--threshold", type=float, default=0.5, metavar="SHARE",
+        help="of an evaluation problem's tokens, covered by shared n-grams (default 0.5); 0: any shared n-gram",
+    )  # fmt: skip
+    apart.add_argument("--prompt-key", metavar="COLUMN", help="column with the problem, where it has a name of its own")
     gguf = verb("import-gguf", _import_gguf, "turn a GGUF model into a Hugging Face folder")
     gguf.add_argument("source", help="a .gguf file, or an installed package that holds one")
     gguf.add_argument("out", type=Path, help="folder to write")
@@ -122,14 +137,19 @@ def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
     if dry_run:
         print(configs.dump(config), end="")
         return 0
-    from rlsp_fast import dist, sync, train  # torch loads here, after every mistake in the settings has been reported
+    from rlsp_fast import dist, memory, sync, train  # torch loads here, after every mistake in the settings has been reported
 
     try:
         train.run(config, with_sft=sft, with_rl=rl)
     except train.Interrupted as stop:
         return _fail(str(stop), 130)
-    except (sync.StaleWeightsError, train.DivergedError) as error:
+    except train.AlarmedError as alarm:
+        return _fail(str(alarm), 4)
+    except (sync.StaleWeightsError, train.DivergedError, memory.MemoryGrowthError) as error:
         return _fail(str(error), 3)
+    except dist.HungRankError as error:
+        _fail(str(error), 3, every_rank=True)
+        os._exit(3)  # leaving the process group in order would wait for the rank that hangs
     finally:
         dist.cleanup()
     return 0
@@ -198,6 +218,17 @@ def _verify(args: argparse.Namespace) -> int:
     from rlsp_fast.verifier import verify_file
 
     verify_file(args.file, args.out, mode=args.mode, timeout_s=args.timeout, workers=args.workers)
+    return 0
+
+
+def _decontaminate(args: argparse.Namespace) -> int:
+    from rlsp_fast.decontaminate import clean, print_summary
+
+    summary = clean(
+        args.train, args.against, args.out, args.report,
+        ngram=args.ngram, threshold=args.threshold, prompt_key=args.prompt_key,
+    )  # fmt: skip
+    print_summary(summary, args.out)
     return 0
 
 

@@ -8,7 +8,7 @@ and matrices; what needs algebra stays open (None) and goes to a worker process.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import comb, factorial, gcd, isqrt, lcm, log10
+from math import comb, factorial, gcd, isqrt, lcm, log10, prod
 from typing import Protocol
 
 MAX_DIGITS = 5_000
@@ -122,7 +122,7 @@ def check_size(expr: Expr) -> float:
             digits = size * max(times, 1.0)
         case ("exp", argument):
             digits = 10 ** min(check_size(argument), 9)
-        case ("factorial" | "binomial", argument, *_):
+        case ("factorial" | "factorial2" | "binomial", argument, *_):
             n = 10 ** min(check_size(argument), 9)
             digits = n * log10(n + 1)
         case (_, *arguments):
@@ -170,6 +170,8 @@ def exact(expr: Expr) -> Fraction | None:
             return Fraction(-(-a.numerator // a.denominator))
         case "factorial", [a] if whole and a >= 0:
             return Fraction(factorial(int(a)))
+        case "factorial2", [a] if whole and a >= 0:
+            return Fraction(prod(range(int(a), 0, -2)))
         case "binomial", [n, k] if whole and n >= 0 and k >= 0:
             return Fraction(comb(int(n), int(k)))
         case "gcd", _ if whole:
@@ -261,13 +263,16 @@ for _line in _UNIT_TABLE.split("\n")[1:-1]:
 _COMPOUND = {"mph": ("mi", "/", "h"), "kph": ("km", "/", "h"), "kmh": ("km", "/", "h"), "kmph": ("km", "/", "h")}
 _POWER_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWER_AFTER = {"squared": 2, "cubed": 3}
-_NO_UNIT = {"unit", "rad", "radian", "a", "an", "of", "the", "total", "each", "only", "exactly", "is", "answer"}
+_NO_UNIT = set(
+    "unit rad radian a an of the total each only exactly is are there answer about around approximately roughly nearly "
+    "final result it so we get have has hence thus therefore value sum equal to".split()
+)
 
 
 def known_unit(word: str) -> str | None:
     """The spelling of a unit in the table: its own, in small letters, or without the plural's s."""
     small = word.lower() if len(word) > 1 else word
-    singular = small.removesuffix("s") if len(small) > 3 else small
+    singular = small.removesuffix("s") if len(small) > 2 else small
     return next((form for form in (word, small, singular) if form in _UNITS), None)
 
 
@@ -287,8 +292,10 @@ def unit_of(spelled: Iterable[str]) -> Unit | None:
             sign = -1
         elif lower in _POWER_AFTER:
             exponent = _POWER_AFTER[lower]
-        elif text.isdigit() and texts[i - 1] == "^" and len(text) == 1:
+        elif text.isdigit() and len(text) == 1 and texts[i - 1] == "^":
             exponent = int(text)
+        elif text.isdigit() and len(text) == 1 and texts[i - 2 : i] == ["^", "-"]:
+            exponent = -int(text)
         elif text == "-" or text in "^{}.*" or lower.removesuffix("s") in _NO_UNIT:
             continue
         elif form := known_unit(text):
@@ -301,7 +308,7 @@ def unit_of(spelled: Iterable[str]) -> Unit | None:
         else:
             known = False
             words.add(lower.removesuffix("s"))
-        if exponent > 1 and last[1]:  # the exponent after it: one factor is counted already
+        if exponent != 1 and last[1]:  # the exponent after it: one factor is counted already
             dims[last[1]] += (exponent - 1) * last[2]
             factor *= last[0] ** ((exponent - 1) * (1 if last[2] > 0 else -1))
     if not words:
@@ -337,6 +344,11 @@ def same(gold: Node, answer: Node, algebra: Algebra) -> bool | None:
     if gold == answer:
         return True
     match gold, answer:
+        case (Named(name=name, body=Seq(kind="()", parts=parts) as body), Seq(kind=",", parts=others)):
+            names = name.strip("()").split(",")
+            if len(names) == len(parts) and {p.name for p in others if isinstance(p, Named)} == set(names):
+                return same(Seq(",", tuple(map(Named, names, parts))), answer, algebra)
+            return same(body, answer, algebra)
         case (Named(name=name, body=body), Named(name=other, body=other_body)):
             same_name = name == other or "y" in (name, other) and any(n.endswith("(x)") for n in (name, other))
             return same(body, other_body, algebra) if same_name else False
@@ -359,11 +371,28 @@ def same(gold: Node, answer: Node, algebra: Algebra) -> bool | None:
             return gold.op == answer.op and algebra.proportional(gold.difference, answer.difference, positive)
         case (Seq(), Seq()):
             return _same_parts(gold, answer, algebra)
+        case (Named(), Equation()) | (Equation(), Named()):
+            relations = [_inequality(n) if isinstance(n, Named) else n for n in (gold, answer)]
+            return None not in relations and same(*relations, algebra)
+        case (Value(), Equation(op="=", difference=("add", ("add", *terms), ("neg", value)))):  # a + b = 12
+            total = all(t[0] == "sym" for t in terms) and len(set(terms)) == len(terms)
+            return total and same(gold, Value(value), algebra)
         case (Seq(kind="{}", parts=(part,)), Value()):
             return same(part, answer, algebra)
         case (Value(), Seq(kind="{}", parts=(part,))):
             return same(gold, part, algebra)
     return False
+
+
+def _inequality(named: Named) -> Equation | None:
+    """The inequality that a half line is; None for anything else."""
+    match named.body:
+        case Seq(kind=kind, parts=(Value(expr=low), Value(expr=high))) if kind in ("()", "(]", "[)"):
+            if is_infinite(low) != is_infinite(high):
+                bound, at = (high, kind[1]) if is_infinite(low) else (low, kind[0])
+                difference = minus(("sym", named.name), bound) if is_infinite(low) else minus(bound, ("sym", named.name))
+                return Equation("<=" if at in "[]" else "<", difference)
+    return None
 
 
 def _same_value(gold: Value, answer: Value, algebra: Algebra) -> bool | None:
@@ -374,11 +403,15 @@ def _same_value(gold: Value, answer: Value, algebra: Algebra) -> bool | None:
     if gold.unit and answer.unit and gold.unit.factor != answer.unit.factor:
         g, a = (("mul", e, number(u.factor)) for e, u in ((g, gold.unit), (a, answer.unit)))
     pairs = [(g, a)]
+    if gold.unit is None and answer.unit and answer.unit.dims == (("money", 1),) and answer.unit.factor != 1:
+        pairs.append((g, ("mul", a, number(answer.unit.factor))))  # 99 cents for 0.99
     for sign in ("percent", "degree"):
         if _has(g, sign) != _has(a, sign):
             bare = _without_sign(g, sign), _without_sign(a, sign)
             size = exact(bare[0])
-            if sign == "degree" or size is None or abs(size) > 1:  # 0.5% for 0.5 is wrong
+            radians = sign == "degree" and _has(bare[0], "pi")
+            fraction = sign == "percent" and size is not None and abs(size) <= 1  # 0.5% for 0.5 is wrong
+            if not radians and not fraction:
                 pairs.append(bare)
     return any_of(algebra.equal(*pair) for pair in pairs)
 
@@ -398,14 +431,25 @@ def _same_parts(gold: Seq, answer: Seq, algebra: Algebra) -> bool | None:
         gold = _as_vector(gold)
     if answer.kind == "M" and gold.kind != "M":
         answer = _as_vector(answer)
-    g, a = gold.parts, answer.parts
+    g, a = gold.parts, answer.parts if gold.kind != "()" else _in_order(answer.parts)
     if len(g) != len(a) or not _compatible(gold, answer):
         return False
     names = [p.name for p in (*g, *a) if isinstance(p, Named)]
     assignments = 0 < len(names) < len(g) + len(a) and len(set(names)) == len(names) > 1
     if {gold.kind, answer.kind} <= {",", "{}", "U"} and not assignments:
         return _same_set(g, a, algebra)
+    if gold.kind == ":" and all(isinstance(p, Value) and exact(p.expr) for p in (*g, *a)):  # 1:2:3 is 2:4:6
+        crossed = ((("mul", x.expr, a[0].expr), ("mul", y.expr, g[0].expr)) for x, y in zip(g, a, strict=True))
+        return _all_of(algebra.equal(*pair) for pair in crossed)
     return _all_of(same(x, y, algebra) for x, y in zip(g, a, strict=True))
+
+
+def _in_order(parts: tuple[Node, ...]) -> tuple[Node, ...]:
+    """`y = 2, x = 1` is the point (1, 2): names that follow each other in the alphabet say which part is which."""
+    names = sorted(p.name for p in parts if isinstance(p, Named) and len(p.name) == 1)
+    if len(names) < len(parts) or any(ord(b) - ord(a) != 1 for a, b in zip(names, names[1:], strict=False)):
+        return parts
+    return tuple(sorted(parts, key=lambda p: p.name))
 
 
 def _as_vector(matrix: Seq) -> Seq:

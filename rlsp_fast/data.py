@@ -58,6 +58,33 @@ class Demonstration:
     """Row in its source, from 0."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRow:
+    """A row as it stands in its source, and the problem in it."""
+
+    row: Row
+    text: str
+    """Of the user's last message."""
+    source: str
+    """As Demonstration.source."""
+    index: int
+    """Row in its source, from 0."""
+
+
+def load_rows(sources: Sequence[str], data: DataConfig) -> list[SourceRow]:
+    """Reads problems or demonstrations as rows, in order; an answer or response is not asked for.
+
+    Raises:
+        DataError: as load_demonstrations, for whatever cannot be read or lacks a problem.
+    """
+    found = []
+    for source, label in zip(sources, _labels(sources), strict=True):
+        for index, row in _rows(source):
+            _, messages = _shown_prompt(row, _at(source, index), data)
+            found.append(SourceRow(row=row, text=messages[-1]["content"], source=label, index=index))
+    return found
+
+
 def load_problems(sources: Sequence[str], data: DataConfig) -> list[Problem]:
     """Reads problems with their answers, in order.
 
@@ -103,18 +130,14 @@ def load_demonstrations(sources: Sequence[str], data: DataConfig) -> list[Demons
         DataError: as load_problems.
     """
     demonstrations = []
-    prompt_keys = ((data.prompt_key,) if data.prompt_key else ()) + PROMPT_KEYS
     for source, label in zip(sources, _labels(sources), strict=True):
         for index, row in _rows(source):
-            at, chat = _at(source, index), row.get("messages")
-            if isinstance(chat, list) and chat and _role(chat[-1]) == "assistant":
-                prompt_key, prompt, response_key, response = "messages", chat[:-1], "messages", chat[-1]
-            else:
-                prompt_key, prompt = _find(row, at, "prompt", prompt_keys)
-                response_key, response = _find(row, at, "response", RESPONSE_KEYS)
+            at = _at(source, index)
+            chat, messages = _shown_prompt(row, at, data)
+            response_key, response = ("messages", chat) if chat else _find(row, at, "response", RESPONSE_KEYS)
             demonstrations.append(
                 Demonstration(
-                    messages=_messages(prompt, at, prompt_key, data.instruction),
+                    messages=messages,
                     response=_text(response, at, response_key),
                     source=label,
                     index=index,
@@ -300,6 +323,15 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 # Columns
+
+
+def _shown_prompt(row: Row, at: str, data: DataConfig) -> tuple[Any, Messages]:
+    """The assistant's message that ends a row's `messages` (None without one), and the prompt before it or of its own."""
+    chat = row.get("messages")
+    if isinstance(chat, list) and chat and _role(chat[-1]) == "assistant":
+        return chat[-1], _messages(chat[:-1], at, "messages", data.instruction)
+    key, prompt = _find(row, at, "prompt", ((data.prompt_key,) if data.prompt_key else ()) + PROMPT_KEYS)
+    return None, _messages(prompt, at, key, data.instruction)
 
 
 def _find(row: Row, at: str, what: str, keys: Sequence[str], wanted: str | None = None) -> tuple[str, Any]:

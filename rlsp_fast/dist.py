@@ -1,6 +1,7 @@
 """Ranks: one process each, started by torchrun or alone. The same code on gloo (CPU) and NCCL (GPU)."""
 
 import os
+import re
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
@@ -11,13 +12,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rlsp_fast.config import ConfigError
 
+RANK_TIMEOUT_S = 1800.0
+"""Seconds that one rank waits for another before it gives up."""
+
 _ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _set_alone = False
+_meeting: dist.ProcessGroup | None = None
 
 
-def setup(timeout_s: float = 1800) -> torch.device:
+class HungRankError(RuntimeError):
+    """A rank that did not arrive where the others wait; the message names it and the phase."""
+
+
+def setup(timeout_s: float = RANK_TIMEOUT_S) -> torch.device:
     """Joins the process group (a group of one without torchrun) and returns this rank's device."""
-    global _set_alone
+    global _set_alone, _meeting
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -32,12 +41,15 @@ def setup(timeout_s: float = 1800) -> torch.device:
         # gloo beside NCCL: metrics and weights for checkpoints are reduced on the host
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    if _meeting is None and world_size() > 1:
+        _meeting = dist.new_group(backend="gloo")
     return device
 
 
 def cleanup() -> None:
     """Leaves the process group, and the environment as setup found it: a child process is no rank of ours."""
-    global _set_alone
+    global _set_alone, _meeting
+    _meeting = None
     if dist.is_initialized():
         dist.destroy_process_group()
     if _set_alone:
@@ -82,6 +94,12 @@ def _reduce(values: Iterable[float], op: dist.ReduceOp.RedOpType) -> list[float]
     return x.tolist()
 
 
+def all_gather_flat(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Starts an all-gather of equal parts into one tensor. (torch 2.13 renamed it and warns of the old name.)"""
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    return gather(received, sent, group=group, async_op=True)
+
+
 def gather_objects(value: object) -> list:
     """One object per rank, in rank order, on every rank."""
     if world_size() == 1:
@@ -94,3 +112,19 @@ def gather_objects(value: object) -> list:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def meet(phase: str, timeout_s: float = RANK_TIMEOUT_S) -> None:
+    """A barrier that names who is missing.
+
+    Raises:
+        HungRankError: on rank 0 after timeout_s with the ranks that did not come, on the others when rank 0 gives up.
+    """
+    if world_size() == 1:
+        return
+    try:
+        dist.monitored_barrier(_meeting, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+    except RuntimeError as error:
+        missing = re.search(r"Ranks? ([\d, ]+) failed", str(error))
+        who = f"rank {missing[1].strip()} did not arrive" if missing else "a rank did not arrive"
+        raise HungRankError(f"{phase}: {who} within {timeout_s:g} s; rank {rank()} gave up") from None

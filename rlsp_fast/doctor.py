@@ -349,11 +349,7 @@ def machine_findings(torch_found: Mapping[str, Any], driver: str | None) -> Iter
     if driver is not None and not gpus:
         cuda = torch_found["cuda"]
         says = f"nvidia-smi finds driver {driver}, torch {torch_found['torch']} finds no GPU"
-        fix = (
-            f"its driver is too old for CUDA {cuda}, or CUDA_VISIBLE_DEVICES hides it"
-            if cuda
-            else "install a CUDA build of torch"
-        )
+        fix = f"its driver is too old for CUDA {cuda}, or CUDA_VISIBLE_DEVICES hides it" if cuda else "install torch for CUDA"
         yield Finding("fail", "GPU", says, fix)
     elif not gpus:
         yield Finding("ok", "GPU", "none: everything runs on the CPU")
@@ -403,6 +399,10 @@ def recipe_findings(config: Config, environment: Mapping[str, str], torch_found:
         path = Path(config.reward.function.rpartition(":")[0])
         there = path.is_file()
         yield Finding("ok" if there else "fail", "reward.function", str(path), "" if there else "no such file")
+    for key, named_file in {"reward.judge": config.reward.judge, "train.monitors": config.train.monitors}.items():
+        if named_file:
+            there = Path(named_file).expanduser().is_file()
+            yield Finding("ok" if there else "fail", key, named_file, "" if there else "no such file")
     for name in config.output.loggers or ():
         there = importlib.util.find_spec(name) is not None
         yield Finding("ok" if there else "fail", "output.loggers", name, "" if there else f"pip install {name}")

@@ -117,6 +117,7 @@ def write_rollouts(folder: Path, name: str, rollouts: Sequence[Rollout], scores:
     """Writes the responses of all ranks to rollouts/<name>.jsonl, one a line. Every rank calls it."""
     records = [
         {
+            **s.extra,
             "source": r.problem.source,
             "index": r.problem.index,
             "sample": r.sample,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from rlsp_fast.answer import (
     INFINITY,
@@ -36,55 +36,24 @@ from rlsp_fast.answer import (
     symbols,
     unit_of,
 )
+from rlsp_fast.spelling import respell, variants
 
 MAX_CHARS = 2_000
 """A longer answer is right only if it is the gold answer, character by character."""
 MAX_TOKENS = 600
 MAX_PARTS = 100
 MAX_DEPTH = 25
+MAX_UNIT_TOKENS = 24
 FUNCTION_DEPTH = 4
 """Nested brackets, functions and exponents together."""
 
 
 # --- text to tokens ---------------------------------------------------------------------------------------------------
 
-_UNICODE = str.maketrans(
-    {
-        **dict.fromkeys("−–—‐‑‒﹣－", "-"),
-        **dict.fromkeys("×✕✖∗", r"\times "),
-        **dict.fromkeys("·⋅∙•", r"\cdot "),
-        **dict.fromkeys("\u00a0\u2002\u2003\u2005\u2007\u2009\u200a\u202f\u3000", " "),
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
-        **dict.fromkeys("°˚º", r"^\circ "),
-        **dict.fromkeys("“”„\"", ""),
-        **dict(zip("（）［］｛｝，；：．％＝＋＜＞／＄", "()[]{},;:.%=+<>/$", strict=True)),
-        **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
-        **{c: f"^{{{d}}}" for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)},
-        **{c: f"_{{{d}}}" for c, d in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)},
-        **{c: rf"\frac{{{n}}}{{{d}}}" for c, n, d in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅖25", "⅗35", "⅘45")},
-        **{c: rf"\frac{{{n}}}{{{d}}}" for c, n, d in ("⅙16", "⅚56", "⅛18", "⅜38", "⅝58", "⅞78")},
-        **{"÷": "/", "∕": "/", "⁄": "/", "√": " sqrt ", "∛": r"\sqrt[3]", "∞": r"\infty ", "π": r"\pi ", "≤": r"\le "},
-        **{"≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∈": r"\in "},
-        **{"∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R}", "∖": r"\setminus ", "…": r"\ldots "},
-        **{"⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor "},
-        **{"⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "⁻": "^-", "∣": "|", "∧": r"\wedge ", "∨": r"\vee "},
-        **{c: rf"\{n} " for c, n in zip("αβγδεθλμρσφωτ", "alpha beta gamma delta epsilon theta lambda mu rho sigma "
-                                         "phi omega tau".split(), strict=True)},
-    }
-)  # fmt: skip
-_INVISIBLE = re.compile(
-    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boxed|fbox|math(?:bf|it|cal|sf|tt|normal)"
-    r"|boldsymbol|bm|bf|rm|it|vec|overrightarrow|phantom\{[^{}]*\})(?![A-Za-z])|\\[()]|\\\[(?!\d*pt)|\\\]"
-)
-_GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s?\\!|\\[,!;:]|\\?[ ~])\s*\d{3})+(?!\d)")
-_COMMAS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar)\s*\{?(\d+)\}?|\((\d+)\))")
-_ELLIPSIS = re.compile(r"(?<!\d)(\d*)\.(\d*?)(?:(\d)\3\3+|(\d{2,6}?)\4+)(?:\.\.\.|\\[lc]?dots)")
-_SCIENTIFIC = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d{1,4})(?=$|\s*\\(?:mathrm|text)|\s+[A-Za-z])")
 _TOKEN = re.compile(
     r"""(?P<gap>(?:\s|~|\{\}|\\[ ,;:>!]|\\q?quad(?![A-Za-z]))*)
     (?:(?P<num>\d+(?:\.\d+)?|\.\d+)
-    |\\(?:text[a-z]*|mbox|mathrm|operatorname\*?)\s*\{(?P<roman>[^{}]*)\}
+    |\\(?:text[a-z]*|[mh]box|emph|mathrm|operatorname\*?)\s*\{(?P<roman>[^{}]*)\}
     |\\(?P<edge>begin|end)\s*\{(?P<environment>[^{}]+)\}
     |(?P<degree>\^\s*(?:\\circ|\{\s*\\circ\s*\}|\\degree)(?![A-Za-z])|\\degree(?![A-Za-z]))
     |\\(?P<command>[A-Za-z]+|.)
@@ -129,37 +98,6 @@ class _Token(NamedTuple):
 _Tokens = tuple[_Token, ...]
 
 
-def _clean(text: str) -> str:
-    """One spelling for what LaTeX and Unicode spell many ways; no white space or full stop around it."""
-    text = text.translate(_UNICODE).strip()
-    if text.startswith("**") and text.endswith("**"):
-        text = text[2:-2]
-    dollars = len(re.findall(r"(?<!\\)\$", text))
-    if dollars % 2 == 0:
-        text = re.sub(r"(?<!\\)\$", " ", text)
-    text = _INVISIBLE.sub(" ", text)
-    text = re.sub(r"\\overline\s*\{([A-Z]{2})\}", r"\1", text)
-    text = re.sub(r"(?<=\d)(?: to |\s*\\text\{ to \}\s*)(?=\d)", ":", text)
-    text = re.sub(r"(?<![.\s\\])[\s.,;:]+$|\\\\\s*$", "", text.strip()) if not text.endswith("...") else text
-    text = re.sub(r"^(?:\\approx|~|=)\s*", "", text)
-    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
-    text = re.sub(r"\b([AaPp])\.\s?([Mm])\b\.?", r"\1\2", text)
-    text = re.sub(r"\^\s*(?:\\prime|\{\s*\\prime\s*\})", "'", text)
-    text = re.sub(r"^\](.*),(.*)\[$", r"(\1,\2)", text)  # ]0, 1[
-    text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
-    text = _REPEATING.sub(lambda m: _repeating(m[1], m[2], m[3] or m[4]), text)
-    return _ELLIPSIS.sub(lambda m: _repeating(m[1], m[2], m[3] or m[4]), text)
-
-
-def _repeating(whole: str, head: str, period: str) -> str:
-    """0.1\\overline{6} = (16 - 1) / 90."""
-    fixed = int((whole or "0") + head)
-    ends = 10 ** len(head)
-    value = Fraction(fixed, ends) + Fraction(int(period), ends * (10 ** len(period) - 1))
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-
-
 def _tokenize(text: str, roman: bool = False) -> _Tokens:
     tokens: list[_Token] = []
     for m in _TOKEN.finditer(text):
@@ -189,7 +127,7 @@ def _tokenize(text: str, roman: bool = False) -> _Tokens:
 
 _FUNCTIONS = {
     "sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "arcsec", "arccsc", "arccot", "sinh",
-    "cosh", "tanh", "arcsinh", "arccosh", "arctanh", "log", "ln", "exp", "sqrt", "abs", "gcd", "lcm", "max", "min",
+    "cosh", "tanh", "arcsinh", "arccosh", "arctanh", "log", "ln", "exp", "sqrt", "abs", "gcd", "lcm", "max", "min", "cis",
 }  # fmt: skip
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec": "csc", "cotan": "cot"}
 _CONSTANTS = {"pi": "pi", "e": "e", "i": "i", "infinity": "inf", "inf": "inf", "oo": "inf"}
@@ -197,6 +135,7 @@ _GREEK = set(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
     "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split()
 )
+_INFIX = {"choose", "over"}
 _FOREIGN = {"sum", "prod", "int", "lim"}
 _FOREIGN_TOO = {"frac", "infinity", "pi", "to", "binom"}
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "≈", "∈"}
@@ -210,7 +149,10 @@ _DENIALS = {
 _ONES = "one two three four five six seven eight nine".split()
 _TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_NUMBER_WORDS = ["zero", *_ONES, *_TEENS, *(f"{ten} {one}".strip() for ten in _TENS for one in ("", *_ONES))]
+_SMALL_NUMBERS = {word: n for n, word in enumerate(["zero", *_ONES, *_TEENS])} | {t: 10 * n for n, t in enumerate(_TENS, 2)}
+_PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
+    part: n for n, part in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)
+}
 _MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _EMPTY = {
     "emptyset",
@@ -222,7 +164,7 @@ _EMPTY = {
     "no real solutions",
     "none",
 }
-_REALS = {"all real numbers", "all reals", "all real", "real numbers", "reals", "mathbb { r }", "mathbb r"}
+_REALS = {"all real numbers", "all reals", "all real", "real numbers", "reals", "mathbb r"}
 
 
 def _is_wordy(t: _Token) -> bool:
@@ -274,13 +216,34 @@ def _words(tokens: _Tokens) -> Words:
         if t.text in ("the", "The", "a", "an", "An", "'", "?", "`", "*") or after_word and t.text in ("-", ".", "!"):
             continue
         kept.append(t.text.lower())
-    return Words(" ".join(kept))
+    return Words(re.sub(r"\{ (\S+) \}", r"\1", " ".join(kept)))
+
+
+def _spoken(words: list[str]) -> int | None:
+    """two hundred and five, one million; None for other words."""
+    total = group = 0
+    room, largest = 1000, 10**15  # what comes next is smaller
+    for word in words:
+        if word in _SMALL_NUMBERS and _SMALL_NUMBERS[word] < room and (len(words) == 1 or word != "zero"):
+            group += _SMALL_NUMBERS[word]
+            room = 10 if _SMALL_NUMBERS[word] >= 20 else 0
+        elif word == "hundred" and group < 10:
+            group, room = (group or 1) * 100, 100
+        elif word in _MULTIPLES and word != "hundred" and _MULTIPLES[word] < largest:
+            total += (group or 1) * _MULTIPLES[word]
+            group, room, largest = 0, 1000, _MULTIPLES[word]
+        elif word != "and" or not (group or total):
+            return None
+    return total + group if words else None
 
 
 def _phrase(words: Words) -> Node:
     """What a few fixed phrases mean; other words mean themselves."""
-    if words.text in _NUMBER_WORDS:
-        return Value(("num", Fraction(_NUMBER_WORDS.index(words.text))))
+    *count, last = words.text.split() or [""]
+    if last.removesuffix("s") in _PARTS and (spoken := _spoken(count or ["one"])) is not None:
+        return Value(number(Fraction(spoken, _PARTS[last.removesuffix("s")])))
+    if (spoken := _spoken(words.text.split())) is not None:
+        return Value(number(Fraction(spoken)))
     if words.text in _EMPTY:
         return Seq("{}", ())
     if words.text in _REALS:
@@ -299,17 +262,22 @@ def _parse(text: str) -> Node:
     try:
         return _sequence(tokens, 0)
     except NotMath:
-        return Value(("foreign", text)) if _is_foreign(tokens) else _phrase(_words(tokens))
+        return _foreign(tokens, text) or _phrase(_words(tokens))
 
 
-def _is_foreign(tokens: _Tokens) -> bool:
-    """A short sum, product, integral or limit of small numbers, left to math-verify."""
-    return (
-        any(t.kind == "command" and t.text in _FOREIGN for t in tokens)
-        and len(tokens) <= 60
-        and not any(_is_wordy(t) or len(t.text) > 3 and t.kind == "num" for t in tokens)
-        and all(t.text in _FOREIGN | _FUNCTIONS | _GREEK | _FOREIGN_TOO for t in tokens if t.kind == "command")
-    )
+def _foreign(tokens: _Tokens, text: str) -> Value | None:
+    """A short sum, product, integral or limit of small numbers and no towers, left to math-verify."""
+    commands = {t.text for t in tokens if t.kind == "command"}
+    if not commands & _FOREIGN or not commands <= _FOREIGN | _FUNCTIONS | _GREEK | _FOREIGN_TOO or len(tokens) > 60:
+        return None
+    if any(_is_wordy(t) or len(t.text) > 3 and t.kind == "num" for t in tokens):
+        return None
+    powers = [i + 1 for i, t in enumerate(tokens[:-1]) if t.text == "^"]
+    try:
+        raised = [tokens[i : _close(tokens, i)] if tokens[i].text in _OPEN else tokens[i + 1 : i + 2] for i in powers]
+    except NotMath:
+        return None
+    return None if any(t.text == "^" for part in raised for t in part) else Value(("foreign", text))
 
 
 def _sequence(tokens: _Tokens, level: int, expand: bool = True) -> Node:
@@ -332,6 +300,8 @@ def _sequence(tokens: _Tokens, level: int, expand: bool = True) -> Node:
         raise NotMath
     if separators and all(_is_interval(p.body if isinstance(p, Named) else p) for p in parts) and "," not in separators:
         return _join_intervals(parts, separators)
+    if set(separators) == {"and"} and (total := _total(parts)) is not None:
+        return total
     return parts[0] if len(parts) == 1 else Seq(",", tuple(parts))
 
 
@@ -394,6 +364,12 @@ def _time(clock: str, tokens: _Tokens) -> Node:
 
 def _name(tokens: _Tokens) -> str | None:
     """The name that `x`, `x_1`, `f(x)`, `(x, y)`, `AB` or `\\text{Area}` is; None for an expression."""
+    if len(tokens) > 2 and tokens[0].text == tokens[-1].text == "|" and all(t.text.isupper() for t in tokens[1:-1]):
+        tokens = tokens[1:-1]  # |AB|
+    if len(tokens) > 4 and tokens[0].text == "mathbb":
+        tokens = tokens[2:3] + tokens[4:]
+    if len(tokens) > 3 and tokens[0].text in ("P", "Pr", "E", "Var") and _spans(tokens[1:]):  # P(X = 3), E[X]
+        return "".join(t.text for t in tokens)
     inverse = "".join(t.text for t in tokens[1:6]) == "^{-1}"  # f^{-1}(x)
     tokens = tokens[:1] + tokens[6:] if inverse else tokens
     if not tokens or len(tokens) > 12:
@@ -412,6 +388,11 @@ def _name(tokens: _Tokens) -> str | None:
     if not letters or (len(plain) > 1 and tokens[1].text not in ("(", "_") and tokens[0].text != "("):
         return None
     return "".join(t.text for t in tokens if t.text not in "{}") + "^-1" * inverse
+
+
+def _spans(tokens: _Tokens) -> bool:
+    """Whether one pair of brackets is around everything."""
+    return tokens[0].text in ("(", "[") and _close(tokens, 0) == len(tokens) - 1
 
 
 def _relation(sides: list[_Tokens], relations: list[str], level: int) -> Node:
@@ -496,15 +477,28 @@ def _set_expression(tokens: _Tokens, level: int) -> Node:
     whole, minus = _split(tokens, {"∖"})
     if len(minus) == 1:
         return _without(_item(whole[0], level), _item(whole[1], level))
-    return _bracketed(tokens, level + 1) or _quantity(tokens, level)
+    return (
+        _bracketed(tokens, level + 1)
+        or _transposed(tokens, level + 1)
+        or _scaled_matrix(tokens, level + 1)
+        or _quantity(tokens, level)
+    )
 
 
 def _without(whole: Node, hole: Node) -> Node:
-    """The real numbers without a few rational ones, as a union of intervals."""
+    """The real numbers without a few rational ones or an interval, as a union of intervals."""
     if isinstance(whole, Value) and whole.expr == ("sym", "R"):
         whole = _phrase(Words("reals"))
-    points = [exact(p.expr) for p in hole.parts if isinstance(p, Value)] if isinstance(hole, Seq) else []
-    if whole != _phrase(Words("reals")) or not points or None in points or hole.kind != "{}":
+    if whole != _phrase(Words("reals")) or not isinstance(hole, Seq):
+        raise NotMath
+    if _is_interval(hole):
+        low, high = hole.parts
+        below = _interval(Value(MINUS_INFINITY), "<", "<" if hole.kind[0] == "[" else "<=", low)
+        above = _interval(high, "<" if hole.kind[1] == "]" else "<=", "<", Value(INFINITY))
+        rest = [part for part in (below, above) if part.parts[0] != part.parts[1]]
+        return rest[0] if len(rest) == 1 else Seq("U", tuple(rest))
+    points = [exact(p.expr) for p in hole.parts if isinstance(p, Value)]
+    if not points or None in points or hole.kind != "{}":
         raise NotMath
     ends = [Value(MINUS_INFINITY), *(Value(number(p)) for p in sorted(set(points))), Value(INFINITY)]
     return Seq("U", tuple(Seq("()", pair) for pair in zip(ends, ends[1:], strict=False)))
@@ -528,10 +522,12 @@ def _bracketed(tokens: _Tokens, level: int) -> Node | None:
         return _set(inner, level)
     if opening in ("lfloor", "lceil") or not inner:
         return None
+    if opening == "{" and any(t.text in _RELATIONS for t in inner) and len(_split(inner, {"|", ":"})[1]) == 1:
+        return _set(inner, level)
     pieces, separators = _split(inner, {",", ";"})
     if opening == "langle":
         opening, closing = "(", ")"
-    if any(t.text == "choose" for t in inner):
+    if any(t.text in _INFIX for t in inner):
         return None
     if not separators:
         if opening + closing not in ("()", "[]", "{}"):
@@ -543,7 +539,7 @@ def _bracketed(tokens: _Tokens, level: int) -> Node | None:
     return Seq(opening + closing, parts)
 
 
-def _raise() -> bool:
+def _raise() -> NoReturn:
     raise NotMath
 
 
@@ -559,16 +555,58 @@ def _set(inner: _Tokens, level: int) -> Node:
 
 
 def _matrix(inner: _Tokens, level: int) -> Node:
-    """The rows between \\begin{pmatrix} and \\end{pmatrix}. vmatrix is a determinant."""
+    """The rows between \\begin{pmatrix} and \\end{pmatrix}; cases are a list. vmatrix is a determinant."""
     name, body = inner[0].text, inner[1:]
     if name == "array" and body and body[0].text == "{":
         body = body[_close(body, 0) + 1 :]
-    if name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array"):
+    if name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "cases"):
         raise NotMath
-    rows = [row for row in _split(body, {r"\\"})[0] if row]
-    if not rows:
+    rows = [_split(row, {"&"})[0] for row in _split(body, {r"\\"})[0] if row]
+    if not rows or len(rows) * max(map(len, rows)) > MAX_PARTS or name == "cases" and max(map(len, rows)) > 1:
         raise NotMath
-    return Seq("M", tuple(Seq("R", tuple(_item(cell, level) for cell in _split(row, {"&"})[0])) for row in rows))
+    cells = tuple(tuple(_item(cell, level) for cell in row) for row in rows)
+    if name == "cases":
+        return Seq(",", tuple(row[0] for row in cells))
+    if len(cells) == len(cells[0]) == 1:
+        return cells[0][0]
+    return Seq("M", tuple(Seq("R", row) for row in cells))
+
+
+def _transposed(tokens: _Tokens, level: int) -> Node | None:
+    """\\begin{pmatrix} 1 & 2 \\end{pmatrix}^T, transposed."""
+    power = "".join(t.text for t in tokens[-4:]).replace("{", "").replace("}", "")
+    at = next((i for i in range(len(tokens) - 1, 0, -1) if tokens[i].text == "^"), 0)
+    if not at or not power.endswith(("^T", "^top")) or len(tokens) - at > 4:
+        return None
+    matrix = _bracketed(tokens[:at], level)
+    if not isinstance(matrix, Seq) or matrix.kind not in ("M", "()", "[]"):
+        return None
+    if matrix.kind != "M":
+        return matrix  # (1, 2)^T, a column as it is
+    if len({len(row.parts) for row in matrix.parts}) > 1:
+        raise NotMath
+    return Seq("M", tuple(Seq("R", column) for column in zip(*(row.parts for row in matrix.parts), strict=True)))
+
+
+def _scaled_matrix(tokens: _Tokens, level: int) -> Node | None:
+    """2 \\begin{pmatrix} ... \\end{pmatrix}, multiplied out."""
+    at = next((i for i, t in enumerate(tokens) if t.text == "begin" and t.kind == "command"), 0)
+    while at and tokens[at - 1].text in ("(", "["):
+        at -= 1
+    matrix = _bracketed(tokens[at:], level) if at else None
+    if not isinstance(matrix, Seq) or matrix.kind != "M":
+        return None
+    before = tokens[: at - (tokens[at - 1].text == "*")]
+    scale = number(Fraction(-1)) if [t.text for t in before] == ["-"] else _expression(before, level)
+    return Seq("M", tuple(Seq("R", tuple(_scaled(scale, cell) for cell in row.parts)) for row in matrix.parts))
+
+
+def _scaled(scale: Expr, cell: Node) -> Value:
+    if not isinstance(cell, Value) or cell.unit is not None or is_infinite(cell.expr):
+        raise NotMath
+    expr = ("mul", scale, cell.expr)
+    check_size(expr)
+    return Value(expr)
 
 
 def _quantity(tokens: _Tokens, level: int) -> Node:
@@ -579,6 +617,7 @@ def _quantity(tokens: _Tokens, level: int) -> Node:
             start += 1
     if any(t.kind == "word" and t.text.lower() in _DENIALS for t in tokens):
         raise NotMath
+    before = [t.text for t in tokens[:start]]
     tokens = tokens[start:]
     if (total := _sum_of_units(tokens, level)) is not None:
         return total
@@ -589,13 +628,20 @@ def _quantity(tokens: _Tokens, level: int) -> Node:
     parser = _Parser(tokens, level)
     expr = parser.sum()
     rest = parser.tokens[parser.at :]
-    if rest and not _is_unit(parser.tokens, parser.at):
+    if len(rest) > MAX_UNIT_TOKENS or rest and not _is_unit(parser.tokens, parser.at):
         raise NotMath
     check_size(expr)
-    unit = unit_of(t.text for t in (*currency, *rest)) if currency or rest else None
+    unit = unit_of(t.text for t in (*currency, *rest)) if currency or rest else unit_of(before)  # June 5 is not May 5
+    if rest and unit is not None and unit.dims is None and not (_numeric(expr) or rest[0].roman and not tokens[0].roman):
+        raise NotMath  # `Bob wins` is not Bob
     if parser.base:
         unit = Unit(frozenset({parser.base}), ((parser.base, 1),))
     return Value(expr, unit)
+
+
+def _numeric(expr: Expr) -> bool:
+    """Whether a number or a constant is in it."""
+    return expr[0] in ("num", "const") or any(_numeric(e) for e in expr[1:] if isinstance(e, tuple))
 
 
 def _sum_of_units(tokens: _Tokens, level: int) -> Value | None:
@@ -603,11 +649,18 @@ def _sum_of_units(tokens: _Tokens, level: int) -> Value | None:
     starts = [i for i, t in enumerate(tokens) if t.kind == "num" and (i == 0 or tokens[i - 1].kind == "word")]
     if len(starts) < 2 or starts[0] or not all(known_unit(tokens[i - 1].text) for i in starts[1:]):
         return None
-    pieces = [_quantity(tokens[i:j], level) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    units = [p.unit for p in pieces]
-    if None in units or len({u.dims for u in units}) > 1 or units[0].dims is None:
-        raise NotMath
-    terms = [("mul", p.expr, number(p.unit.factor / units[0].factor)) for p in pieces]
+    total = _total([_quantity(tokens[i:j], level) for i, j in zip(starts, [*starts[1:], None], strict=True)])
+    return total or _raise()
+
+
+def _total(parts: Sequence[Node]) -> Value | None:
+    """The sum of hours and minutes, of feet and inches: numbers with units of one kind, the larger first."""
+    units = [p.unit for p in parts if isinstance(p, Value) and p.unit is not None]
+    if len(units) != len(parts) or len({u.dims for u in units}) > 1 or units[0].dims is None:
+        return None
+    if any(u.factor <= v.factor for u, v in zip(units, units[1:], strict=False)):
+        return None
+    terms = [("mul", p.expr, number(u.factor / units[0].factor)) for p, u in zip(parts, units, strict=True)]
     return Value(("add", *terms), units[0])
 
 
@@ -645,7 +698,7 @@ def _is_unit(tokens: Sequence[_Token], at: int) -> bool:
         return False
     for previous, t in zip(tokens[at:], tokens[at + 1 :], strict=False):
         word = t.kind == "word" and (t.roman or _is_wordy(t) or known_unit(t.text) or len(t.text) > 2)
-        digit = t.kind == "num" and (previous.text in ("^", "{", "-"))
+        digit = t.kind == "num" and t.text in "1234" and previous.text in ("^", "{", "-")
         if not (word or digit or t.kind == "op" and t.text in "^{}/.-*" or t.text == "cdot"):
             return False
     return True
@@ -749,9 +802,9 @@ class _Parser:
     def factor(self) -> Expr:
         base = self.mixed_number() or self.atom()
         if self.take("!"):
-            base = ("factorial", base)
+            base = ("factorial2" if self.take("!") else "factorial", base)
             if self.peek().text == "!":
-                raise NotMath  # a double factorial
+                raise NotMath  # a triple factorial
         if self.take("^"):
             base = ("pow", base, self.exponent())
         if self.take("%"):
@@ -827,6 +880,8 @@ class _Parser:
                 raise NotMath
             self.tokens[self.at : self.at + 1] = [_Token(g, "word") for g in glued.groups()]
             return self.word()
+        if len(t.text) > 2 and t.text.isupper():
+            raise NotMath  # BACD: an order, a polygon, and no product
         if len(t.text) > 1:  # xy is x times y
             self.tokens[self.at : self.at + 1] = [_Token(c, "word", t.gap and i == 0) for i, c in enumerate(t.text)]
             return self.word()
@@ -874,7 +929,7 @@ class _Parser:
                 end = _close(self.tokens, self.at)
                 degree = _expression(tuple(self.tokens[self.at + 1 : end]), self.level)
                 self.at = end + 1
-                return ("pow", self.argument(), ("inv", degree))
+                return ("root", self.argument(), degree)
             plain = self.tokens[self.at - 1].kind == "word"  # sqrt23, where \sqrt23 is \sqrt{2}3
             return ("sqrt", self.atom() if plain else self.argument())
         base = power = None
@@ -893,6 +948,8 @@ class _Parser:
             value = (name, *self.arguments())
         else:
             value = (name, self.operand()) if base is None else ("log", self.operand(), base)
+        if name == "cis":
+            value = ("add", ("cos", value[1]), ("mul", ("const", "i"), ("sin", value[1])))
         return ("pow", value, power) if power else value
 
     def operand(self) -> Expr:
@@ -929,10 +986,10 @@ class _Parser:
         if self.tokens[self.at].text in "([" and self.tokens[end].text != _OPEN[self.tokens[self.at].text]:
             raise NotMath
         self.at = end + 1
-        choose = [i for i, t in enumerate(inner) if t.text == "choose"]
-        if choose:
-            upper, lower = inner[: choose[0]], inner[choose[0] + 1 :]
-            return ("binomial", _expression(upper, self.level), _expression(lower, self.level))
+        if infix := [i for i, t in enumerate(inner) if t.text in _INFIX and t.kind == "command"]:
+            parts = inner[: infix[0]], inner[infix[0] + 1 :]
+            upper, lower = (_expression(part, self.level) for part in parts)
+            return ("binomial", upper, lower) if inner[infix[0]].text == "choose" else ("mul", upper, ("inv", lower))
         return _expression(inner, self.level)
 
 
@@ -951,22 +1008,27 @@ def compare(gold: str, answer: str, algebra: Algebra) -> bool | None:
         return True
     if max(len(gold), len(answer)) > MAX_CHARS:
         return False
-    return any_of(same(g, a, algebra) for g in readings(gold) for a in readings(answer))
+    return any_of(same(g, a, algebra) for g in readings(gold, True) for a in readings(answer, False))
 
 
 @lru_cache(maxsize=1024)
-def readings(text: str) -> tuple[Node, ...]:
+def readings(text: str, gold: bool) -> tuple[Node, ...]:
     """What a text can mean: `1,234` is a number or two, `(B) 12` the choice or its content."""
-    text = _clean(text)
-    texts = dict.fromkeys((text, _COMMAS.sub(lambda m: m[0].replace(",", ""), text)))
+    text = respell(text)
+    texts = variants(text, gold)
     plain = re.sub(r"\\text[a-z]*\s*\{([^{}]*)\}|\\ ", r"\1 ", text).strip()
     choice = re.fullmatch(r"(?i:option|choice|answer)?:?\s*(?:\(([A-Z])\)|([A-Z])\s*[).:])\s*(?=[\w\\$-])(.+)", plain)
     nodes = [_parse(t) for t in texts]
-    if choice:
+    if choice and not re.search(r"\([A-Z]\)", choice[3]):
         nodes.append(Value(("sym", choice[1] or choice[2])))
         nodes += [] if re.fullmatch("[A-Za-z]", choice[3]) else [_parse(choice[3])]
     elif lone := re.fullmatch(r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:?\s*)?\(?([A-Za-z])[.)]?", plain):
         nodes = [Value(("sym", lone[1].upper()))] if lone[1].lower() not in "ei" or len(plain) > 1 else nodes
+    if numeral := re.fullmatch(r"(\d*[A-F][\dA-F]*)(?:\s*_\s*\{?(\d+)\}?)?", plain):
+        base = f"base {numeral[2]}"
+        nodes.append(Value(("sym", numeral[1]), Unit(frozenset({base}), ((base, 1),)) if numeral[2] else None))
+    if re.fullmatch("[A-H]{2,8}", plain) and list(plain) == sorted(set(plain)):  # ACD: three choices
+        nodes.append(Seq(",", tuple(Value(("sym", c)) for c in plain)))
     if re.fullmatch(r"[A-Za-z][A-Za-z' -]+", text):  # `odd` is a word as well as a product
         nodes.append(_phrase(_words(_tokenize(text))))
     return tuple(nodes)

@@ -438,7 +438,6 @@ def engine_kv_cache(job: Job) -> int:
 # --- phases -----------------------------------------------------------------------------------
 
 PHASES = ("generate", "annotate", "update critic", "update actor", "push")
-GONE = {"asleep": "asleep: vLLM gave it back", "host": "host: moved to pinned host memory"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

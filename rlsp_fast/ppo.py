@@ -4,12 +4,15 @@ Axes: T packed positions, S sequences. The same loop serves GRPO, RLOO and REINF
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from rlsp_kernels import (
     PPOMetrics,
+    kl_penalty,
     linear_logprob_entropy,
     linear_ppo_loss,
     packed_gae,
@@ -96,13 +99,17 @@ class PPO:
     def pack(self, samples: Sequence[Sample]) -> list[list[MicroBatch]]:
         """This rank's micro-batches of every mini-batch. Samples are those of all ranks, in the same order everywhere.
 
-        Each mini-batch is spread over the ranks as packing.schedule says.
+        Mini-batches hold train.mini_batch_size problems. Where dynamic sampling left fewer, they hold equally many to within
+        one: a remainder of a problem or two would get an optimizer step of its own. Each is spread over the ranks as
+        packing.schedule says.
         """
-        train = self.config.train
-        size = train.mini_batch_size * self.config.rollout.n
+        train, n = self.config.train, self.config.rollout.n
+        num_problems = len(samples) // n
+        count = math.ceil(num_problems / train.mini_batch_size)
+        borders = [num_problems * i // count * n for i in range(count + 1)] if count else []
         mini_batches = []
-        for start in range(0, len(samples), size):
-            chosen = samples[start : start + size]
+        for start, end in pairwise(borders):
+            chosen = samples[start:end]
             lengths = [s.num_positions for s in chosen]
             groups = schedule(lengths, dist.world_size(), train.max_tokens_per_micro_batch)[dist.rank()]
             num_tokens = sum(len(s.response_ids) for s in chosen)
@@ -246,11 +253,10 @@ class PPO:
         old, rollout = flat("old_logprob_T"), flat("rollout_logprob_T")
         advantage, target = flat("advantage_T"), flat("return_T")
         diff = (old.exp() - rollout.exp()).abs()
-        log_ratio = old - rollout
         sums = {
             "n": float(len(old)),
             "diff": diff.sum().item(),
-            "mismatch_kl": (log_ratio.exp() - 1 - log_ratio).sum().item(),
+            "mismatch_kl": kl_penalty(rollout, old, "k3").sum().item(),
             "advantage": advantage.sum().item(),
             "return": target.sum().item(),
             "return_sq": target.square().sum().item(),

@@ -1,6 +1,7 @@
 """RLSP's reward: the verified outcome and the exploration reward, kept apart and then mixed. No torch.
 
-Grading runs beside generation: `Scorer.submit` returns at once; symbolic comparisons run in the verifier's processes.
+Grading runs beside generation: `Scorer.submit` returns at once; symbolic comparisons run in the verifier's processes, the
+judge's requests in threads of their own.
 """
 
 import difflib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlsp_fast.config import RewardConfig
+from rlsp_fast.judge import Judge, JudgeError, Judgement, load_settings
 from rlsp_fast.types import Problem, Rollout, Score
 from rlsp_fast.verifier import Verdict, Verifier
 
@@ -29,11 +31,11 @@ CUSTOM_CORRECT = 1.0
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
-def length_exploration(num_tokens: int, c: float, minimum: float) -> float:
+def length_exploration(num_tokens: float, c: float, minimum: float) -> float:
     """max(minimum, -C / |o|) for a response of |o| tokens: short responses pay, long ones hardly.
 
     Args:
-        num_tokens: |o|, at least 1.
+        num_tokens: |o|, above 0.
         c: C, in tokens; 1000 in the paper.
         minimum: Lower bound, reached below C / |minimum| tokens. The paper states none.
 
@@ -55,9 +57,64 @@ def length_code_exploration(text: str, c: float, minimum: float) -> float:
     Source:
         The paper's code (GuanghaoYe/Emergence-of-Thinking, orm_server_efficient.py).
     """
+    length = reasoning_length(text)
+    return length_exploration(length, c, minimum) if length else minimum
+
+
+def reasoning_length(text: str) -> float:
+    r"""Tokens of four characters before the first \boxed, or of the whole text without one."""
     box = _BOX.search(text)
-    length = (box.start() if box else len(text)) / CHARACTERS_PER_TOKEN
-    return max(minimum, -c / length) if length else minimum
+    return (box.start() if box else len(text)) / CHARACTERS_PER_TOKEN
+
+
+def repeated_share(ids: Sequence[int], ngram: int) -> float:
+    """Share of the tokens that stand in a run of `ngram` tokens that occurred before in the same response; in [0, 1).
+
+    A loop counts from its second turn on, whatever its period, once that turn is `ngram` tokens long or goes on. A run
+    that differs in one token every `ngram` does not count.
+
+    Args:
+        ids: Response tokens.
+        ngram: Tokens; long enough that honest work, which restates its formulas, stays near 0.
+
+    Cost:
+        O(len(ids) * ngram).
+
+    Source:
+        The share of n-grams that are not distinct, seq-rep-n (Welleck et al., arXiv 1908.04319), here of the tokens that
+        they cover, so that a copied passage counts in full.
+    """
+    seen: set[tuple[int, ...]] = set()
+    covered = end = 0  # every token before `end` that repeats is counted
+    for stop in range(ngram, len(ids) + 1):
+        run = tuple(ids[stop - ngram : stop])
+        if run in seen:
+            covered += stop - max(end, stop - ngram)
+            end = stop
+        else:
+            seen.add(run)
+    return covered / len(ids) if ids else 0.0
+
+
+def repetition_exploration(length: float, repeated: float, c: float, minimum: float) -> float:
+    """What the repeated part of a response earned by its length, taken back: L(length * (1 - repeated)) - L(length).
+
+    L is `length_exploration`, so length and repetition together are L of the tokens that do not repeat: a response that
+    copies itself earns no more than without the copy. In [minimum, 0]; 0 when nothing repeats.
+
+    Args:
+        length: Of the response, as the length reward counts it.
+        repeated: `repeated_share` of the response.
+        c: C of the length reward, tokens.
+        minimum: Lower bound of the length reward.
+
+    Source:
+        The paper (arXiv 2502.06773) reports that its length reward is gamed by repetition and leaves the hole open; the
+        formula is ours.
+    """
+    if length == 0:
+        return 0.0
+    return length_exploration(length * (1 - repeated), c, minimum) - length_exploration(length, c, minimum)
 
 
 class RewardError(ValueError):
@@ -67,18 +124,21 @@ class RewardError(ValueError):
 class Scorer:
     """Scores rollouts as `reward.*` says. Use as a context manager: it owns the verifier's processes.
 
-    With exploration `length` the reward is alpha * outcome + (1 - alpha) * exploration (the paper); with `length_code`
-    outcome + exploration (the paper's code adds it outside the mix); with `none` the outcome alone, as alpha would only
-    change its scale. All are clipped to +-REWARD_BOUND. With `reward.function` it is what that function returns.
+    Without exploration the reward is the outcome, as alpha would only change its scale. Exploration is mixed in as
+    alpha * outcome + (1 - alpha) * exploration (the paper), but `length_code` is added to the outcome before the mix, as
+    the paper's code does it, and with it the repetition that takes it back. Rewards are clipped to +-REWARD_BOUND. With
+    `reward.function` the reward is what that function returns.
     """
 
     def __init__(self, config: RewardConfig):
         """
         Raises:
             RewardError: naming `reward.function` when it cannot be loaded.
+            JudgeError: naming the setting of the judge that cannot be used.
         """
         self._config = config
         self._function = load_function(config.function) if config.function is not None else None
+        self._judge = Judge(load_settings(config.judge)) if uses_judge(config) else None
         self._verifier = Verifier(config.verifier, config.timeout_s)
         self._threads = ThreadPoolExecutor(FUNCTION_THREADS, thread_name_prefix="reward.function")
 
@@ -89,6 +149,8 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
+        if self._judge is not None:
+            self._judge.close()
         self._verifier.close()
         self._threads.shutdown(cancel_futures=True)
 
@@ -104,40 +166,68 @@ class Scorer:
             verdict = self._verifier.submit(rollout.text, rollout.problem.answer)
         except ValueError as error:
             raise RewardError(f"{_at(rollout.problem)}: {error}") from None
-        verdict.add_done_callback(lambda done: self._finish(done, rollout, scored))
+        judged: Future[Judgement | None] = Future()
+        if self._judge is None:
+            judged.set_result(None)
+        else:
+            judged = self._judge.submit("\n\n".join(m["content"] for m in rollout.problem.messages), rollout.text)
+        # Whichever comes last finishes the score, in its own thread.
+        verdict.add_done_callback(lambda _: judged.add_done_callback(lambda _: self._finish(verdict, judged, rollout, scored)))
         return scored
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """Scores of all rollouts, in order."""
         return [future.result() for future in [self.submit(rollout) for rollout in rollouts]]
 
-    def _finish(self, done: Future[Verdict], rollout: Rollout, scored: Future[Score]) -> None:
-        error = done.exception()
-        if error is not None:
+    def _finish(
+        self, verdict: Future[Verdict], judged: Future[Judgement | None], rollout: Rollout, scored: Future[Score]
+    ) -> None:
+        if judged.cancelled():  # by close(): nobody waits for this score any more
+            scored.cancel()
+        elif error := verdict.exception():
             scored.set_exception(error)
+        elif error := judged.exception():
+            scored.set_exception(RewardError(str(error)) if isinstance(error, JudgeError) else error)
         else:
-            scored.set_result(self._mix(done.result().verdict, rollout))
+            scored.set_result(self._mix(verdict.result().verdict, judged.result(), rollout))
 
-    def _mix(self, verdict: str, rollout: Rollout) -> Score:
+    def _mix(self, verdict: str, judged: Judgement | None, rollout: Rollout) -> Score:
         config = self._config
         outcome = {"correct": 1.0, "no_answer": config.no_answer}.get(verdict, 0.0)
-        match config.exploration:
-            case "none":
-                exploration = 0.0
-                reward = outcome
-            case "length":
-                exploration = length_exploration(len(rollout.response_ids), config.length_c, config.exploration_min)
-                reward = config.alpha * outcome + (1 - config.alpha) * exploration
-            case "length_code":
-                exploration = length_code_exploration(rollout.text, config.length_c, config.exploration_min)
-                reward = outcome + exploration
+        parts = self._parts(rollout)
+        calls: dict[str, float] = {}
+        if judged is not None:
+            parts["judge"] = judged.score
+            calls = {"judge_failed": float(judged.failed), "judge_requests": float(judged.requests)}
+        reward, mixed = outcome, dict(parts)
+        if "length_code" in parts:
+            reward += mixed.pop("length_code") + mixed.pop("repetition", 0.0)
+        if mixed:
+            reward = config.alpha * reward + (1 - config.alpha) * sum(mixed.values())
         return Score(
             reward=min(max(reward, -REWARD_BOUND), REWARD_BOUND),
             outcome=outcome,
-            exploration=exploration,
+            exploration=sum(parts.values()),
             correct=verdict == "correct",
             verdict=verdict,
+            extra=parts | calls,
         )
+
+    def _parts(self, rollout: Rollout) -> dict[str, float]:
+        """The parts of the exploration reward that are on and need no judge, before any weight."""
+        config = self._config
+        wanted, c, minimum = config.exploration_parts, config.length_c, config.exploration_min
+        parts: dict[str, float] = {}
+        length: float = len(rollout.response_ids)
+        if "length" in wanted:
+            parts["length"] = length_exploration(length, c, minimum)
+        if "length_code" in wanted:
+            parts["length_code"] = length_code_exploration(rollout.text, c, minimum)
+            length = reasoning_length(rollout.text)
+        if "repetition" in wanted:
+            repeated = repeated_share(rollout.response_ids, config.repetition_ngram)
+            parts["repetition"] = repetition_exploration(length, repeated, c, minimum)
+        return parts
 
     def _score_by_function(self, rollout: Rollout) -> Score:
         problem = rollout.problem
@@ -149,6 +239,11 @@ class Scorer:
                 extra_info=problem.extra,
             )
         return _score_of(returned, f"reward.function = {self._config.function!r}, {_at(problem)}")
+
+
+def uses_judge(config: RewardConfig) -> bool:
+    """Whether responses go to the judge: a reward function of the user's own replaces it too."""
+    return config.function is None and "judge" in config.exploration_parts
 
 
 def load_function(where: str) -> Callable[..., Any]:

@@ -4,12 +4,13 @@ vLLM runs inside the training process under torchrun's `external_launcher`: one 
 `tensor_parallel_size` consecutive ranks. What differs between vLLM versions and devices lives in this file alone.
 """
 
+import functools
 import importlib.util
 import logging
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +70,18 @@ class Engine(Protocol):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces all weights. The iterator is consumed on every rank; names are the Hugging Face checkpoint's."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets keys and values computed with the weights before."""
+        ...
+
+    def held(self) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+        """(its own name, this rank's tensor, checkpoint names that it is made of) of every weight as it stands there."""
+        ...
+
+    def sum_over_shares(self, numbers: Tensor) -> Tensor:
+        """Sum over the ranks that share one engine."""
         ...
 
     def close(self) -> None:
@@ -161,6 +174,8 @@ class VLLMEngine:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(rollout.kv_cache_gib or 1))))
         import vllm
 
+        if not self.on_gpu:
+            _keep_cpu_weights()
         self.version = vllm.__version__
         self.tokenizer = tokenizer
         self.level = rollout.sleep_level
@@ -266,20 +281,53 @@ class VLLMEngine:
     def wake(self, *tags: str) -> None:
         if self.on_gpu:
             self.llm.wake_up(tags=list(tags))
-        if "kv_cache" in tags:
-            self.llm.reset_prefix_cache()  # keys and values of the old weights would be served for shared prompts
+
+    def reset_prefix_cache(self) -> None:
+        self.llm.reset_prefix_cache()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.on_gpu:
-            executor = self.llm.llm_engine.model_executor
-            executor.driver_worker.worker.model_runner.model.load_weights(weights)
+            self._model().load_weights(weights)
         else:
             # The CPU build repacks linear layers after loading, so load_weights on the model fails; this RPC repacks anew.
             # It keeps references until a layer is complete: the iterator must yield tensors of their own.
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
 
+    def held(self) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+        model = self._model()
+        fused = getattr(model, "packed_modules_mapping", None) or {}  # {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}
+        for name, parameter in model.named_parameters():
+            parts = (name,)
+            for whole, pieces in fused.items():
+                if f".{whole}." in name:
+                    parts = tuple(name.replace(f".{whole}.", f".{piece}.") for piece in pieces)
+            yield name, parameter.data, parts
+
+    def sum_over_shares(self, numbers: Tensor) -> Tensor:
+        if self._tp_group is None:
+            return numbers
+        total = numbers.cpu()
+        torch.distributed.all_reduce(total, group=self._tp_group)
+        return total.to(numbers.device)
+
+    def _model(self) -> torch.nn.Module:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _keep_cpu_weights() -> None:
+    """vLLM's CPU build throws a linear layer's weights away once it has repacked them: kept, a push can be checked there."""
+    from vllm.model_executor.layers import utils
+
+    pack = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
+    if pack is not None and not isinstance(pack, functools.partial):
+        utils.dispatch_cpu_unquantized_gemm = functools.partial(_pack_and_keep, pack)
+
+
+def _pack_and_keep(pack: Callable[..., None], layer: torch.nn.Module, remove_weight: bool = False) -> None:
+    pack(layer, remove_weight=False)
 
 
 def _tensor_parallel_group(size: int) -> tuple[Any, list[int]]:
@@ -393,6 +441,16 @@ class TransformersEngine:
 
     def wake(self, *tags: str) -> None:
         pass
+
+    def reset_prefix_cache(self) -> None:
+        """Its cache lives for one batch."""
+
+    def held(self) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+        for name, tensor in self.model.state_dict().items():
+            yield name, tensor, (name,)
+
+    def sum_over_shares(self, numbers: Tensor) -> Tensor:
+        return numbers
 
     def close(self) -> None:
         pass

@@ -1,47 +1,188 @@
 """The trained weights into the rollout engine, and the proof that they arrived."""
 
+import logging
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
 from rlsp_kernels import linear_logprob_entropy
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from rlsp_fast import dist
+from rlsp_fast.memory import Colocated
 from rlsp_fast.model import Policy
 from rlsp_fast.packing import pack
-from rlsp_fast.rollout import Engine
 from rlsp_fast.types import Rollout
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY = 10
+"""Pushes between two checks of every tensor; a push in between checks one in CHECK_EVERY of them, others each time."""
+
+_LAYER = re.compile(r"^(.*\.layers\.\d+)\.")
 
 
 class StaleWeightsError(RuntimeError):
     """The engine samples from other weights than the trainer holds."""
 
 
+# --- gathering --------------------------------------------------------------------------------
+
+
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, whole tensor on the policy's device) of every weight, one gathered at a time.
+    """(checkpoint name, whole tensor in dtype on the policy's device) of every weight, one decoder layer gathered at a time.
 
     Tied names are all yielded: an engine that keeps its own lm_head would otherwise go on with the old one. Every rank must
     consume the iterator to its end. Each tensor is its own storage, never a reused buffer.
+
+    Cost: one all-gather a layer, of the shards in dtype; that of the next layer runs while this one is consumed. Held besides
+    the shards: two layers in dtype, this rank's share of one, and one tensor. On one rank: one tensor.
     """
     policy.reshard()  # after a forward without backward the root's parameters are still gathered, in compute dtype
-    for name, parameter in policy.lm.state_dict().items():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        whole = whole.detach()
-        yield name, whole.to(dtype) if whole.is_floating_point() and whole.dtype != dtype else whole.clone()
+    waiting = [_Gather(bucket, dtype) for bucket in _buckets(policy)]
+    for i, gather in enumerate(waiting):
+        if i == 0:
+            gather.start()
+        if i + 1 < len(waiting):
+            waiting[i + 1].start()
+        yield from gather.finish()
+        waiting[i] = None
 
 
-def push(policy: Policy, engine: Engine, dtype: torch.dtype) -> None:
-    """Wakes the engine with the policy's weights: weights first, KV cache last, so that both never wait for memory.
+def _buckets(policy: Policy) -> list[list[tuple[str, Tensor]]]:
+    """The weights of each decoder layer together, every other weight alone, in the state dict's order."""
+    buckets: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, tensor in policy.lm.state_dict().items():
+        layer = _LAYER.match(name)
+        buckets.setdefault(layer[1] if layer else name, []).append((name, tensor))
+    return list(buckets.values())
 
-    Cost: one all-gather per tensor; the largest tensor is held whole, in float32 and in dtype.
+
+class _Gather:
+    """The weights of one bucket: shards laid end to end, gathered by one collective, taken apart again."""
+
+    def __init__(self, bucket: list[tuple[str, Tensor]], dtype: torch.dtype):
+        self.bucket, self.dtype = bucket, dtype
+        self.received: Tensor | None = None
+        self.work: torch.distributed.Work | None = None
+
+    def start(self) -> None:
+        """Starts the collective; every rank must."""
+        sharded = [tensor for _, tensor in self.bucket if _shard_dim(tensor) is not None]
+        if not sharded:
+            return
+        mesh, axis = sharded[0].device_mesh, _shard_dim(sharded[0])
+        self.world = mesh.size(axis)
+        sizes = [_rows(tensor, self.world) * tensor.shape[1:].numel() for tensor in sharded]
+        sent = torch.empty(sum(sizes), dtype=self.dtype, device=sharded[0].device)
+        for tensor, place in zip(sharded, sent.split(sizes), strict=True):
+            local = tensor.to_local().detach().flatten()
+            place[: len(local)] = local  # shards of the last ranks have fewer rows: what is sent beyond them is never read
+        self.received = sent.new_empty(self.world * len(sent))
+        self.work = dist.all_gather_flat(self.received, sent, mesh.get_group(axis))  # keeps `sent`
+
+    def finish(self) -> Iterator[tuple[str, Tensor]]:
+        """Waits for the collective and yields the bucket's weights."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+            by_rank = self.received.view(self.world, -1)
+        at = 0
+        for name, tensor in self.bucket:
+            if _shard_dim(tensor) is None:
+                whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+                changes = whole.is_floating_point() and whole.dtype != self.dtype
+                yield name, whole.to(self.dtype) if changes else whole.clone()
+                continue
+            size = _rows(tensor, self.world) * tensor.shape[1:].numel()
+            whole = by_rank[:, at : at + size].reshape(-1, *tensor.shape[1:])[: tensor.shape[0]]
+            at += size
+            yield name, whole
+            del whole
+        self.received = None
+
+
+def _shard_dim(tensor: Tensor) -> int | None:
+    """The mesh axis that a floating-point DTensor is spread over by rows, if it is."""
+    if not isinstance(tensor, DTensor) or not tensor.is_floating_point():
+        return None
+    axes = [axis for axis, placement in enumerate(tensor.placements) if placement == Shard(0)]
+    return axes[0] if len(axes) == 1 and tensor.device_mesh.size(axes[0]) > 1 else None
+
+
+def _rows(tensor: DTensor, world: int) -> int:
+    """Rows of the first, largest shard."""
+    return -(-tensor.shape[0] // world)
+
+
+# --- pushing ----------------------------------------------------------------------------------
+
+
+def push(policy: Policy, engine: Colocated, dtype: torch.dtype) -> None:
+    """The engine wakes with the policy's weights, and shows that it holds them.
+
+    Raises:
+        StaleWeightsError: when a tensor that the engine holds is not the one pushed.
     """
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # pages in torch's free list are not available to vLLM's allocator
-    torch.distributed.barrier()  # a peer on the same device may still hold memory
-    engine.wake("weights")
-    engine.load_weights(full_weights(policy, dtype))
-    engine.wake("kv_cache")
+    sums: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+
+    def watched() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in full_weights(policy, dtype):
+            sums[name], sizes[name] = bit_sum(tensor), tensor.numel()
+            yield name, tensor
+
+    engine.receive(watched)
+    _check(engine, sums, sizes)
+    engine.pushes += 1
+
+
+@torch.no_grad()
+def _check(engine: Colocated, pushed: dict[str, Tensor], sizes: dict[str, int]) -> None:
+    """Compares the bits' sums of what was pushed with what is held: all of it every CHECK_EVERY pushes, else a share."""
+    turn = engine.pushes % CHECK_EVERY
+    names, expected, found, unknown = [], [], [], []
+    for i, (name, tensor, parts) in enumerate(engine.engine.held()):
+        if tensor.numel() == 0 or not all(part in pushed for part in parts):
+            unknown.append(name)
+            continue
+        if turn and i % CHECK_EVERY != turn:
+            continue
+        here = bit_sum(tensor)
+        size = sum(sizes[part] for part in parts)
+        if tensor.numel() < size:  # one rank's share of it
+            share = torch.stack([here, here.new_tensor(tensor.numel())])
+            here, total = engine.engine.sum_over_shares(share).unbind()
+            padded = "embed" in name or "lm_head" in name  # with rows of zeros, which add nothing
+            if total.item() != size and not padded:  # some of it stands on several ranks: key and value heads
+                unknown.append(name)
+                continue
+        names.append(name)
+        expected.append(sum(pushed[part] for part in parts))
+        found.append(here)
+    if turn == 0 and engine.pushes == 0:
+        blind = f", not {len(unknown)} that it keeps in another form, such as {unknown[0]}" if unknown else ""
+        log.info("every push is checked against the tensors that the engine holds: %d of them%s", len(names), blind)
+    wrong = []
+    if names:
+        wrong = (torch.stack(expected).cpu() != torch.stack(found).cpu()).nonzero().flatten().tolist()
+    if dist.max_over_ranks([len(wrong)])[0]:
+        which = ", ".join(names[i] for i in wrong[:4]) or "those of another rank"
+        raise StaleWeightsError(
+            f"push {engine.pushes + 1}: the engine does not hold the weights just pushed; of {len(names)} tensors checked "
+            f"{len(wrong)} differ: {which}. Nothing was sampled from them: restart from the last checkpoint, and report the "
+            f"versions that `rlsp doctor` prints"
+        )
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits read as integers, 0-d i64: exact, and the same however a tensor is cut into parts."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(bits).sum(dtype=torch.int64)
+
+
+# --- the gate ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -6,34 +6,39 @@ import logging
 import math
 import os
 import resource
+import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlsp_fast import checkpoint, data, dist, model, sft, sync
+from rlsp_fast import checkpoint, data, decontaminate, dist, judge, model, monitor, sft, sync
 from rlsp_fast import log as logs
 from rlsp_fast.config import Config, ConfigError, dump, leaf_keys, load
-from rlsp_fast.data import Problem
+from rlsp_fast.data import Demonstration, Problem
 from rlsp_fast.evaluate import Evaluation, evaluate
 from rlsp_fast.log import RunLog, Timer, clock
+from rlsp_fast.memory import Colocated
 from rlsp_fast.model import Critic, Policy
 from rlsp_fast.optim import Optimizer
 from rlsp_fast.ppo import PPO, Sample
 from rlsp_fast.report import write_report
-from rlsp_fast.reward import Scorer
-from rlsp_fast.rollout import Engine, Sampling, make_engine
+from rlsp_fast.reward import Scorer, uses_judge
+from rlsp_fast.rollout import Sampling, make_engine
 from rlsp_fast.types import Rollout, Score
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item", Problem, Demonstration)
 
 
 class DivergedError(RuntimeError):
@@ -42,6 +47,10 @@ class DivergedError(RuntimeError):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the state is saved, the message says where and how to go on."""
+
+
+class AlarmedError(Exception):
+    """A detector that may stop the run has found its signature: the state is saved, the message names the evidence."""
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -85,6 +94,7 @@ def run(config: Config, *, with_sft: bool, with_rl: bool) -> Path:
         StaleWeightsError: when the engine does not hold the trained weights.
         DivergedError: when a loss or gradient norm is not finite.
         Interrupted: after Ctrl-C, with everything saved.
+        AlarmedError: after a detector that stops the run, with everything saved.
     """
     device = dist.setup()
     logs.setup()
@@ -118,6 +128,10 @@ class _Run:
         self.dtype = model.DTYPES[config.model.dtype]
         check_ranks(config)
         check_loggers(config)
+        if uses_judge(config.reward):
+            judge.load_settings(config.reward.judge)  # refuses what cannot be used
+        self.monitors = monitor.load(config.train.monitors)
+        self.label = monitor.Behaviours(self.monitors)
         if with_rl or config.data.validation:
             check_context(config)
         _make_folder(self.folder)
@@ -128,10 +142,10 @@ class _Run:
 
     def go(self) -> Path:
         config, progress = self.config, self.progress
-        train = _problems(config, config.data.train, "training", self.tokenizer) if self.with_rl else []
         held_out = _problems(config, config.data.validation, "held-out", self.tokenizer)
         held_out = held_out[: config.data.validation_size or None]
-        demonstrations = self._demonstrations(config.sft.train) if self.with_sft else []
+        train = _problems(config, config.data.train, "training", self.tokenizer, held_out) if self.with_rl else []
+        demonstrations = self._demonstrations(config.sft.train, held_out) if self.with_sft else []
         demonstrations_val = self._demonstrations(config.sft.validation) if self.with_sft else []
         start_path = str(self.sft_path) if progress.sft_done else config.model.path
         policy = model.build(Policy, config.model, start_path, self.device, self.mesh)
@@ -140,6 +154,7 @@ class _Run:
             engine = None
             if self.with_rl or held_out:
                 engine = make_engine(config, start_path, self.tokenizer, self.device)
+                engine = Colocated(engine, config.train.max_memory_growth_gib)
                 stack.callback(engine.close)
             if dist.rank() == 0:  # everything loads: from here on this is the run in this folder
                 (self.folder / "config.toml").write_text(dump(config))
@@ -156,10 +171,11 @@ class _Run:
         write_report(self.folder, config)
         return self.folder
 
-    def _demonstrations(self, sources: Sequence[str]) -> list[sft.Tokens]:
+    def _demonstrations(self, sources: Sequence[str], held_out: Sequence[Problem] = ()) -> list[sft.Tokens]:
         if not sources:
             return []
         found = data.load_demonstrations(sources, self.config.data)
+        found = keep_apart(self.config, "sft.train", found, held_out)
         rendered, dropped = data.render_demonstrations(found, self.tokenizer, self.config.data, self.config.sft.max_length)
         note = f", {dropped} over sft.max_length = {self.config.sft.max_length} dropped" if dropped else ""
         log.info("%s demonstrations%s", f"{len(rendered):,}", note)
@@ -168,7 +184,7 @@ class _Run:
     # --- stages -------------------------------------------------------------------------------
 
     def _evaluate(
-        self, name: str, step: int, policy: Policy, engine: Engine | None, scorer: Scorer, problems: list[Problem]
+        self, name: str, step: int, policy: Policy, engine: Colocated | None, scorer: Scorer, problems: list[Problem]
     ) -> Evaluation | None:
         """Evaluates unless that was done before the run was cut short, and proves that the engine holds the policy."""
         if engine is None or not problems or (name, step) in self.progress.evaluated:
@@ -185,7 +201,7 @@ class _Run:
             raise Interrupted(f"stopped after the evaluation {name}; it is kept. The same command continues from there")
         return result
 
-    def _sft(self, policy: Policy, engine: Engine | None, train: list[sft.Tokens], validation: list[sft.Tokens]) -> None:
+    def _sft(self, policy: Policy, engine: Colocated | None, train: list[sft.Tokens], validation: list[sft.Tokens]) -> None:
         config, folder, done = self.config, self.folder / "sft", self.progress.sft_steps
         total = sft.num_steps(config, len(train))
         optimizer = Optimizer(policy, config.optim, config.sft.lr, total)
@@ -211,18 +227,22 @@ class _Run:
         checkpoint.export(policy, self.tokenizer, self.sft_path, config)
         log.info("SFT checkpoint: %s", self.sft_path)
 
-    def _rl(self, policy: Policy, engine: Engine, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
+    def _rl(self, policy: Policy, engine: Colocated, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
         config, first, total = self.config, self.progress.rl_steps, self.config.train.steps
         engine.sleep()  # critic and reference are built where its KV cache was
         ppo, trained = self._build_ppo(policy)
         if first:
             checkpoint.load(self.folder, first, trained)
         sync.push(policy, engine, self.dtype)
+        watch = self._watch(first)
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
                 metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train)
-                done, last, stopped = step + 1, step + 1 == total, self._stopped()
+                metrics |= behaviours(rollouts, scores, self.label, self.monitors)
+                done, last = step + 1, step + 1 == total
+                alarm = self._alarm(watch, done, metrics)
+                stopped = self._stopped() or alarm is not None
                 if config.output.eval_every and done % config.output.eval_every == 0 and not (last or stopped):
                     result = self._evaluate(f"step {done}", done, policy, engine, scorer, held_out)
                     metrics |= result.metrics() if result else {}
@@ -234,11 +254,36 @@ class _Run:
                 if last or stopped or (config.output.save_every and done % config.output.save_every == 0):
                     path = checkpoint.save(self.folder, done, trained)
                     self._export(policy, done)
+                    if alarm is not None and not last:
+                        raise AlarmedError(f"{alarm.detector}: {_goodbye('RL step', done, total, path)}")
                     if stopped and not last:
                         raise Interrupted(_goodbye("RL step", done, total, path))
         if first >= total:  # a run that was cut short between its last save and its end
             self._export(policy, first)
         self._evaluate("after RL", max(first, total), policy, engine, scorer, held_out)
+
+    def _watch(self, first: int) -> monitor.Monitor:
+        """The detectors, told of the steps before `first` as if they had seen them. Rank 0 alone reads them."""
+        watch = monitor.Monitor(self.monitors)
+        if dist.rank() == 0:
+            for row in logs.read_rows(self.folder / "metrics.jsonl"):
+                if row["step"] <= first:
+                    watch.observe(row)
+            self._write_alarms(watch)
+        return watch
+
+    def _alarm(self, watch: monitor.Monitor, step: int, metrics: dict[str, float]) -> monitor.Alarm | None:
+        """Asks the detectors, warns, and returns the alarm that stops the run, if there is one: the same on every rank."""
+        found = watch.observe({"step": step, **metrics}) if dist.rank() == 0 else []
+        for alarm in found:
+            log.warning("%s at step %d: %s", alarm.detector, alarm.step, alarm.message)
+        if found:
+            self._write_alarms(watch)
+        return dist.gather_objects(next((alarm for alarm in found if alarm.stops), None))[0]
+
+    def _write_alarms(self, watch: monitor.Monitor) -> None:
+        """warnings.jsonl follows from metrics.jsonl and the thresholds, so it is written whole."""
+        (self.folder / "warnings.jsonl").write_text("".join(json.dumps(asdict(alarm)) + "\n" for alarm in watch.alarms))
 
     def _build_ppo(self, policy: Policy) -> tuple[PPO, dict[str, tuple[torch.nn.Module, Optimizer]]]:
         """PPO, and what of it a checkpoint holds."""
@@ -272,30 +317,33 @@ class _Run:
 
 
 def rl_step(
-    config: Config, step: int, ppo: PPO, engine: Engine, scorer: Scorer, train: Sequence[Problem]
+    config: Config, step: int, ppo: PPO, engine: Colocated, scorer: Scorer, train: Sequence[Problem]
 ) -> tuple[dict[str, float], list[Rollout], list[Score]]:
-    """Generate, score, annotate, update, push. Returns metrics of all ranks and this rank's rollouts and scores."""
+    """Generate, score, annotate, update, push. Returns metrics of all ranks and this rank's rollouts and scores.
+
+    With dynamic sampling, metrics of rewards and lengths are those of everything generated; where nothing was kept, the step
+    updates nothing.
+    """
     timer = Timer()
     start = time.perf_counter()
     t = config.train
-    problems = data.batch(train, seed=t.seed, step=step, batch_size=t.batch_size)
-    slots = range(dist.rank(), len(problems), dist.world_size())
-    scoring: dict[int, Future[Score]] = {}
-
-    with timer("gen"):
-        rollouts = engine.generate(
-            [problems[i] for i in slots],
-            _sampling(config, n=config.rollout.n, seed=(t.seed << 24) + step),
-            slots=slots,
-            on_finish=lambda rollout: scoring.__setitem__(id(rollout), scorer.submit(rollout)),  # overlaps generation
-        )
-    with timer("reward"):
-        scores = [scoring[id(rollout)].result() for rollout in rollouts]
+    rollouts, scores, slots, kept, sampled = _sample_problems(config, step, engine, scorer, train, timer)
+    if not kept:
+        log.log(
+            logging.WARNING if dist.rank() == 0 else logging.INFO,
+            "step %d updates nothing: the responses to each of its %d problems are all right or all wrong. Look at "
+            "sampling/all_right and sampling/all_wrong; easier or harder problems, or a higher rollout.n, mend it",
+            step + 1, sampled["sampling/problems"],
+        )  # fmt: skip
+        timer.seconds["step"] = time.perf_counter() - start
+        metrics = sampled | timer.metrics() | describe(rollouts, scores, config)
+        metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / timer.seconds["step"] / dist.world_size()
+        return metrics, rollouts, scores
     with timer("pack"):
-        mini_batches = ppo.pack(_gather_samples(rollouts, scores, slots, config.rollout.n))
+        mini_batches = ppo.pack(_gather_samples(rollouts, scores, slots, config.rollout.n, kept))
     with timer("sleep"):
         engine.sleep()
-    metrics = ppo.annotate(mini_batches, timer)
+    metrics = sampled | ppo.annotate(mini_batches, timer)
     if config.rollout.top_p == 1:
         sync.verify(
             metrics["training/rollout_probs_diff_mean"],
@@ -309,14 +357,78 @@ def rl_step(
     with timer("update_weights"):
         sync.push(ppo.policy, engine, model.DTYPES[config.model.dtype])
     timer.seconds["step"] = time.perf_counter() - start
-    metrics |= timer.metrics() | describe(rollouts, scores, config)
+    metrics |= timer.metrics() | engine.metrics() | describe(rollouts, scores, config)
     seconds = timer.seconds["step"]
     metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / dist.world_size()
     return metrics, rollouts, scores
 
 
-def _gather_samples(rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int) -> list[Sample]:
-    """The samples of all ranks in slot order, the same on every rank."""
+def _sample_problems(
+    config: Config, step: int, engine: Colocated, scorer: Scorer, train: Sequence[Problem], timer: Timer
+) -> tuple[list[Rollout], list[Score], list[int], set[int], dict[str, float]]:
+    """Generates and scores a step's responses, in rounds where rollout.dynamic_sampling = refill.
+
+    The first round's problems are those that every run with this seed has at this step; later rounds draw from an order of
+    the step's own, never a problem that the step has tried. A slot counts the problems of a step through its rounds.
+
+    Returns:
+        This rank's rollouts, scores and slots (one per problem); the slots to train on, the same on every rank; counts.
+    """
+    t, r = config.train, config.rollout
+    rollouts: list[Rollout] = []
+    scores: list[Score] = []
+    mine: list[int] = []
+    num_right: dict[int, int] = {}  # by slot, of all ranks: the correct responses
+    chosen = data.batch(range(len(train)), seed=t.seed, step=step, batch_size=t.batch_size)
+    tried: set[int] = set()
+    for num_rounds in count(1):
+        first = len(num_right)
+        slots = range(first + dist.rank(), first + len(chosen), dist.world_size())
+        new, new_scores = _generate(config, step, engine, scorer, [train[chosen[i - first]] for i in slots], slots, timer)
+        rights = {slot: sum(s.correct for s in new_scores[i * r.n : (i + 1) * r.n]) for i, slot in enumerate(slots)}
+        for part in dist.gather_objects(rights):
+            num_right |= part
+        rollouts, scores, mine = rollouts + new, scores + new_scores, mine + list(slots)
+        tried.update(chosen)
+        mixed = sorted(slot for slot, right in num_right.items() if 0 < right < r.n)
+        missing = t.batch_size - len(mixed)
+        if r.dynamic_sampling != "refill" or missing <= 0 or num_rounds == r.sampling_rounds or len(tried) == len(train):
+            break
+        # Half as many again as fill the batch if they fare as those before them did: a round costs its longest response.
+        wanted = min(t.batch_size, math.ceil(1.5 * missing * len(num_right) / max(len(mixed), 1)))
+        order = data.batch(range(len(train)), seed=(t.seed << 24) + step, step=0, batch_size=len(train))
+        chosen = [i for i in order if i not in tried][:wanted]
+    kept = sorted(num_right) if r.dynamic_sampling == "off" else mixed[: t.batch_size]
+    counts = {
+        "sampling/problems": len(num_right),
+        "sampling/all_right": sum(right == r.n for right in num_right.values()),
+        "sampling/all_wrong": sum(right == 0 for right in num_right.values()),
+        "sampling/kept": len(kept),
+        "sampling/rounds": num_rounds,
+    }
+    return rollouts, scores, mine, set(kept), counts if r.n > 1 else {}
+
+
+def _generate(
+    config: Config, step: int, engine: Colocated, scorer: Scorer, problems: list[Problem], slots: Sequence[int], timer: Timer
+) -> tuple[list[Rollout], list[Score]]:
+    """This rank's responses to its problems, and what they earned."""
+    scoring: dict[int, Future[Score]] = {}
+    with timer("gen"):
+        rollouts = engine.generate(
+            problems,
+            _sampling(config, n=config.rollout.n, seed=(config.train.seed << 24) + step),
+            slots=slots,
+            on_finish=lambda rollout: scoring.__setitem__(id(rollout), scorer.submit(rollout)),  # overlaps generation
+        )
+    with timer("reward"):
+        return rollouts, [scoring[id(rollout)].result() for rollout in rollouts]
+
+
+def _gather_samples(
+    rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int, kept: Container[int]
+) -> list[Sample]:
+    """The samples of all ranks in slot order, the same on every rank; of the slots kept."""
     mine = [
         Sample(
             group=slots[i // n],
@@ -326,6 +438,7 @@ def _gather_samples(rollouts: Sequence[Rollout], scores: Sequence[Score], slots:
             reward=score.reward,
         )
         for i, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
+        if slots[i // n] in kept
     ]
     return sorted((s for part in dist.gather_objects(mine) for s in part), key=lambda s: s.group)
 
@@ -351,8 +464,17 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], config: Confi
     n = total.pop("n")
     metrics = {name: value / n for name, value in total.items()}
     metrics["perf/total_num_tokens"] = total["response_length/mean"] + total["prompt_length/mean"]
-    longest, peak = dist.max_over_ranks([max(lengths), _peak_memory_gib()])
+    longest, peak = dist.max_over_ranks([max(lengths, default=0), _peak_memory_gib()])
     return metrics | {"response_length/max": longest, "memory/peak_gib": peak}
+
+
+def behaviours(
+    rollouts: Sequence[Rollout], scores: Sequence[Score], label: Callable[[str], monitor.Labels], monitors: monitor.Settings
+) -> dict[str, float]:
+    """How the responses of all ranks were thought out, as far as their text shows it."""
+    texts, ids = [r.text for r in rollouts], [r.response_ids for r in rollouts]
+    sums = monitor.tally(texts, ids, [s.correct for s in scores], label, monitors)
+    return monitor.rates(dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True)))
 
 
 def _peak_memory_gib() -> float:
@@ -440,15 +562,49 @@ def check_context(config: Config) -> None:
         )
 
 
+def keep_apart(config: Config, key: str, items: list[Item], held_out: Sequence[Problem]) -> list[Item]:
+    """What may be trained on, as data.overlap says: refuses, or leaves out, what overlaps a held-out problem."""
+    if config.data.overlap == "allow" or not held_out:
+        return items
+    start = time.perf_counter()
+    end = "\n" + config.data.instruction  # the same on both sides, so it says nothing
+    texts = [[p.messages[-1]["content"].removesuffix(end) for p in part] for part in (items, held_out)]
+    found = dist.gather_objects(decontaminate.find(*texts) if dist.rank() == 0 else [])[0]
+    if not found:
+        return items
+    if config.data.overlap == "drop":
+        log.info(
+            "%s: %s of %s left out, since they overlap data.validation (%.1f s)",
+            key, f"{len(found):,}", f"{len(items):,}", time.perf_counter() - start,
+        )  # fmt: skip
+        gone = {o.train for o in found}
+        if len(gone) == len(items):
+            raise ConfigError(f"{key}: all of its {len(items):,} problems overlap data.validation, so none would be left")
+        return [item for i, item in enumerate(items) if i not in gone]
+    first = min(found, key=lambda o: (-o.share, o.train))
+    mine, theirs = items[first.train], held_out[first.evaluation]
+    sources = shlex.join(config.sft.train if key == "sft.train" else config.data.train)
+    raise ConfigError(
+        f"{key}: {len(found):,} of {len(items):,} problems overlap data.validation, so its accuracy would say nothing about "
+        f"new problems. {mine.source} index {mine.index}, {texts[0][first.train][:80]!r}, and {theirs.source} index "
+        f"{theirs.index}, {texts[1][first.evaluation][:80]!r}: {first.why}, {100 * first.share:.0f} %. Take them out with "
+        f"`rlsp data decontaminate {sources} --against {shlex.join(config.data.validation)} --out clean.jsonl`, or set "
+        f"data.overlap=drop (leave them out of this run) or data.overlap=allow (train on them)"
+    )
+
+
 def probs_limit(config: Config) -> float:
     """rollout.max_probs_diff, or what rounding in model.dtype explains with room to spare."""
     return config.rollout.max_probs_diff or {"float32": 1e-3, "bfloat16": 2e-2}[config.model.dtype]
 
 
-def _problems(config: Config, sources: Sequence[str], what: str, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+def _problems(
+    config: Config, sources: Sequence[str], what: str, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Problem] = ()
+) -> list[Problem]:
     if not sources:
         return []
-    problems, dropped = data.render(data.load_problems(sources, config.data), tokenizer, config.data)
+    found = keep_apart(config, "data.train", data.load_problems(sources, config.data), held_out)
+    problems, dropped = data.render(found, tokenizer, config.data)
     note = f", {dropped} over data.max_prompt_length = {config.data.max_prompt_length} dropped" if dropped else ""
     log.info("%s %s problems%s", f"{len(problems):,}", what, note)
     return problems

@@ -54,13 +54,13 @@ class Score:
     outcome: float
     """The verifier's part: 1 correct, 0 wrong, or the penalty for giving no answer."""
     exploration: float
-    """The exploration part before weighting; 0 when it is off."""
+    """The exploration parts, summed before weighting; 0 when it is off."""
     correct: bool
     """Verified against the ground truth. What accuracy counts."""
     verdict: str
     """`correct`, `wrong`, `no_answer`, `timeout`, `error`, or `custom` from a user's function."""
     extra: dict[str, float] = field(default_factory=dict)
-    """Further numbers of a user's reward function, logged as `reward/<name>`."""
+    """Each exploration part before weighting, or further numbers of a user's function; logged as `reward/<name>`."""
 
 
 def predicted(

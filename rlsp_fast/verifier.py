@@ -52,7 +52,11 @@ class Verdict:
 # --- what the answer is -----------------------------------------------------------------------------------------------
 
 _BRACES = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
-_ANSWER_IS = re.compile(r"(?i)\banswer(?:[^.\n]{0,60}?\b(?:is|are)\b|\W{0,3}?[:=])[\s:=*]*|####\s*")
+_JOINED = re.compile(
+    r"(?:[ \t$]|\\[()\[\] ,;]|\\quad)*(?:,|;|,?[ \t]*(?:\\text\{)?[ \t]*(?:and|or)\b[ \t]*\}?)"
+    r"(?:[ \t$]|\\[()\[\] ,;]|\\quad)*(?:[A-Za-z](?:_\{?\w\}?)?[ \t]*=[ \t$]*)?"
+)
+_ANSWER_IS = re.compile(r"(?i)\b(?:answer|option|choice)(?:[^.\n]{0,60}?\b(?:is|are)\b|\W{0,3}?[:=])[\s:=*]*|####\s*")
 _CLAUSE = re.compile(r"\.(?:\s|$)|,? (?:because|since|so|which|as) ")
 _DOLLARS = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\d])\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?%?(?![\w])")
@@ -73,7 +77,7 @@ def extract_answer(text: str, mode: Mode = "strict") -> str | None:
     Cost:
         One scan for braces, linear in the text.
     """
-    text = text.rpartition("</think>")[2]
+    text = text.rpartition("</think>")[2].partition("<think>")[0]  # a thought without an end is no answer
     box = _last_box(text)
     if box is not None or mode == "strict":
         return box or None
@@ -97,19 +101,27 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _last_box(text: str) -> str | None:
-    """Content of the complete box that ends last; None without one. Escaped braces do not count."""
-    open_: list[int] = []  # where the content of each open brace starts, negative if it is no box
-    last: tuple[int, int] | None = None
+    """Content of the complete box that ends last; None without one. Escaped braces do not count.
+
+    Boxes joined by a comma, `and` or `or` are one answer, a list: to box everything wins nothing.
+    """
+    open_: list[tuple[int, int]] = []  # where each open brace's command and its content start; -1 if it is no box
+    last: list[tuple[int, int, int]] = []  # command, content and end of the boxes that make up the answer
     for m in _BRACES.finditer(text):
         if m["box"]:
-            open_.append(m.end())
+            open_.append((m.start(), m.end()))
         elif m["open"]:
-            open_.append(-1)
+            open_.append((-1, -1))
         elif m["close"] and open_:
-            start = open_.pop()
+            start, content = open_.pop()
             if start >= 0:
-                last = (start, m.start())
-    return text[last[0] : last[1]].strip() if last else None
+                while last and last[-1][0] > start:  # those inside it
+                    last.pop()
+                if last and not (start - last[-1][2] < 60 and _JOINED.fullmatch(text, last[-1][2] + 1, start)):
+                    last.clear()
+                last.append((start, content, m.start()))
+    parts = [text[content:end].strip() for _, content, end in last]
+    return None if not parts else ", ".join(dict.fromkeys(parts)) if parts[-1] else ""
 
 
 def gold_answer(text: str) -> str:
@@ -135,18 +147,21 @@ class _Worker:
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
+        self._spent = False
 
     def ask(self, gold: str, answer: str) -> tuple[str, float]:
         """The verdict and the seconds it took; a worker that is late or lost is replaced at the next question."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._spent or self._process.poll() is not None:
             self.kill()
             self._start()
         start = time.perf_counter()  # the worker is idle, so it starts now
         job = json.dumps({"gold": gold, "answer": answer, "timeout_s": self._timeout_s}) + "\n"
-        reply = self._exchange(job.encode("ascii"), self._timeout_s)
+        reply = self._exchange(job.encode("ascii"), 0.99 * self._timeout_s)  # noticing that it is late takes time too
+        seconds = time.perf_counter() - start
         if reply not in ("correct", "wrong", "error"):
-            self.kill()
-        return reply if reply in ("correct", "wrong", "error", "timeout") else "error", time.perf_counter() - start
+            self._process.kill()  # without waiting: the answer is judged, and a large process takes its time to go
+            self._spent = True
+        return reply if reply in ("correct", "wrong", "error", "timeout") else "error", seconds
 
     def _start(self) -> None:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
@@ -211,6 +226,7 @@ class _Worker:
                 pass  # what was left in its buffer has no reader
             self._errors.close()
             self._process = None
+        self._spent = False
 
 
 # --- the verifier -----------------------------------------------------------------------------------------------------

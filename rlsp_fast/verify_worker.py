@@ -22,8 +22,17 @@ MEMORY_BYTES = 2 << 30
 FILE_BYTES = 1 << 20
 DIGITS = 100
 """Two numbers that agree to this many digits are equal: exact zeros are what sympy cannot always prove."""
+MOST_DIGITS = 2_000
+"""Worked with where terms of a difference cancel; beyond, nothing counts as equal."""
 POINTS = (("13/9", "17/7", "11/5", "19/8"), ("3/10", "7/9", "5/13", "4/7"), ("29/10", "8/3", "7/3", "9/4"))
 """Where functions are compared: between 0 and 3, on both sides of 1."""
+WHOLE_POINTS = (("4", "7", "3", "5"), ("7", "4", "6", "8"), ("9", "5", "8", "6"))
+"""The same for what is defined for whole numbers only."""
+STEP_POINTS = tuple(tuple(f"{7 * i + j}/{2 + i % 3}" for j in (5, 9, 1, 3)) for i in range(24))
+"""The same for steps, which agree over long stretches: the floors of n/3 and n/4 up to n = 2."""
+WHOLE_STEP_POINTS = tuple(tuple(str(i + j) for j in (1, 8, 3, 5)) for i in range(30))
+WHOLE_NAMES = set("ijkmnKMN")
+"""Variables that in steps are whole: the ceiling of n/2 is the floor of (n + 1)/2."""
 
 _FUNCTIONS = {
     "neg": lambda a: -a,
@@ -33,7 +42,9 @@ _FUNCTIONS = {
     "pow": sympy.Pow,
     "abs": sympy.Abs,
     "ln": sympy.log,
+    "root": lambda a, n: _root(a, n),
     "factorial": sympy.factorial,
+    "factorial2": sympy.factorial2,
     "max": sympy.Max,
     "min": sympy.Min,
     **{name: getattr(sympy, name) for name in ("sqrt", "log", "exp", "floor", "ceiling", "binomial", "gcd", "lcm")},
@@ -68,58 +79,75 @@ class Symbolic:
 
     def proportional(self, gold: Expr, answer: Expr, positive: bool) -> bool:
         g, a = _sympy(gold), _sympy(answer)
-        names = g.free_symbols | a.free_symbols
-        point = _points(names)[0]
+        point = _points(sympy.Tuple(g, a))[0]
         at_gold, at_answer = g.subs(point), a.subs(point)
         if at_gold == 0 or at_answer == 0 or positive and not (at_gold / at_answer).is_positive:
             return False
         return _identical(g * at_answer, a * at_gold)
 
 
-def _points(names: set[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Rational]]:
+def _points(expr: sympy.Expr) -> list[dict[sympy.Symbol, sympy.Rational]]:
     """Values for the variables, by name so that every worker tries the same."""
-    ordered = sorted(names, key=lambda s: s.name)
-    return [{s: sympy.Rational(values[i % len(values)]) + i // len(values) for i, s in enumerate(ordered)} for values in POINTS]
+    ordered = sorted(expr.free_symbols, key=lambda s: s.name)
+    points = WHOLE_POINTS if expr.has(sympy.factorial2) else POINTS
+    if expr.has(sympy.floor, sympy.ceiling):
+        points = WHOLE_STEP_POINTS if {s.name for s in ordered} <= WHOLE_NAMES else POINTS + STEP_POINTS
+    return [{s: sympy.Rational(values[i % len(values)]) + i // len(values) for i, s in enumerate(ordered)} for values in points]
 
 
 def _identical(a: sympy.Expr, b: sympy.Expr) -> bool:
-    difference = a - b
-    if difference == 0:
+    if a - b == 0:
         return True
-    names = difference.free_symbols
+    names = (a - b).free_symbols
+    points = _points(a - b) if names else [{}]
     tried = 0
-    for point in _points(names) if names else [{}]:
-        value = difference.subs(point)
-        if value.is_finite is False or value.has(sympy.nan, sympy.zoo):
+    for point in points:
+        x, y = a.subs(point), b.subs(point)
+        if (x - y).is_finite is False or (x - y).has(sympy.nan, sympy.zoo):
             continue
-        if not _is_zero(value):
+        if not _close(x, y):
             return False
         tried += 1
-    for point in _points(names)[:1]:
-        for name in sorted(names, key=str)[:4]:
-            beyond = point | {name: -point[name]}
-            x, y = a.subs(beyond), b.subs(beyond)
-            if _is_real(x) and _is_real(y) and not _is_zero(x - y):
-                return False
+    for name in sorted(names, key=str)[:4] if not (a - b).has(sympy.factorial2) else ():
+        beyond = points[0] | {name: -points[0][name]}
+        x, y = a.subs(beyond), b.subs(beyond)
+        if _is_real(x) and _is_real(y) and not _close(x, y):
+            return False
     return tried > 0
 
 
-def _is_zero(value: sympy.Expr) -> bool:
+def _close(gold: sympy.Expr, answer: sympy.Expr) -> bool:
+    """Whether two numbers agree to DIGITS digits of the first, or to DIGITS decimals if that is 0."""
+    difference = gold - answer
     try:
-        return value.evalf(2, maxn=DIGITS, strict=True) == 0
+        return difference.evalf(2, maxn=DIGITS, strict=True) == 0
     except PrecisionExhausted:
         pass
-    # Its terms cancel, or one cannot be evaluated at all (the floor of a huge number), which proves nothing.
+    # Its terms cancel, or one cannot be evaluated at all (the floor of a huge number), which proves nothing. Cancelling
+    # is no proof either: of 10^200 (sqrt 2 + sqrt 3 - sqrt(5 + 2 sqrt 6)) + 1 the 1 is left, 200 digits down.
     try:
-        terms = [term.evalf(DIGITS, maxn=2 * DIGITS, strict=True) for term in sympy.Add.make_args(value)]
+        size = abs(gold.evalf(2, maxn=DIGITS, strict=True)) or sympy.Integer(1)
+        terms = sympy.Add.make_args(difference)
+        largest = max(abs(term.evalf(2, maxn=DIGITS, strict=True)) for term in terms)
+        digits = DIGITS + max(0, int(sympy.log(largest / size, 10)) + 1)
+        if digits > MOST_DIGITS:
+            return False
+        total = sum(term.evalf(digits, maxn=2 * digits, strict=True) for term in terms)
     except PrecisionExhausted:
         return False
-    return abs(sum(terms)) <= max(map(abs, terms)) * sympy.Float(10) ** (10 - DIGITS)
+    return bool(abs(total) <= size * sympy.Float(10) ** (10 - DIGITS))
 
 
 def _is_real(value: sympy.Expr) -> bool:
     number = value.evalf(15)
     return bool(number.is_finite and number.is_number and abs(sympy.im(number)) < 1e-9)
+
+
+def _root(a: sympy.Expr, n: sympy.Expr) -> sympy.Expr:
+    """The n-th root, the real one of a negative number if n is odd."""
+    if n.is_integer and n.is_odd and a.is_negative:
+        return -sympy.root(-a, n)
+    return sympy.root(a, n)
 
 
 @lru_cache(maxsize=1024)

@@ -22,6 +22,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what tests recorded by record_property: the registers of compiled kernels, which nothing else keeps."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    recorded = [f"{name}: {value}" for report in reports for name, value in report.user_properties]
+    if recorded:
+        terminalreporter.section("recorded")
+        terminalreporter.write_line("\n".join(recorded))
+
+
 @pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
     """This process as the only rank, and its device. What torchrun would have set is taken back afterwards."""

@@ -60,6 +60,7 @@ dtype = "float32"
 [data]
 train = ["problems.jsonl"]
 validation = ["held_out.jsonl"]
+overlap = "allow"
 template = "{problem}"
 max_prompt_length = 32
 [rollout]
@@ -265,6 +266,26 @@ def test_ctrl_c_saves_and_the_same_command_continues(home, tmp_path):
     assert [r["step"] for r in rows(tmp_path / "out" / "metrics.jsonl")] == list(range(1, done + 2))
 
 
+def test_a_detector_stops_the_run_saved_and_the_same_command_continues_past_it(home, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'warn = ["kl_collapse"]\nstop = ["no_behaviour"]\n[detectors.no_behaviour]\nwindow = 4\nafter = 1\nrate = 1.0\n'
+    )
+    words = ("train", "recipe.toml", "data.validation=[]", "train.steps=6", "output.save_every=0")
+    words = (*words, f"train.monitors={tmp_path}/mine.toml", f"output.dir={tmp_path}/out")
+    stopped = rlsp(*words, cwd=home)
+    refused(stopped, "no_behaviour: stopped after RL step 4 of 6; saved in", "The same command continues", code=4)
+    assert (tmp_path / "out/checkpoints/step_4/complete.json").exists()
+    assert "no_behaviour at step 4: no emergent behaviour after 1 steps: behaviour/any 0 in steps 1-4. " in stopped.stdout
+    again = rlsp(*words, cwd=home)
+    assert again.returncode == 0 and "step 6/6" in again.stdout, again.stderr[-3000:]
+    assert "no emergent behaviour" not in again.stdout.partition("step 6/6")[0], "the episode was said before"
+    (alarm,) = rows(tmp_path / "out" / "warnings.jsonl")
+    assert (alarm["step"], alarm["detector"], alarm["stops"]) == (4, "no_behaviour", True)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "- **no_behaviour** at step 4: " in report and "| any emergent | 0.0 % | 0.0 % |" in report
+    assert all(r["behaviour/any"] == 0 and 0 <= r["response/repetition"] < 1 for r in rows(tmp_path / "out" / "metrics.jsonl"))
+
+
 # --- mistakes ---------------------------------------------------------------------------------
 
 
@@ -285,6 +306,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(home, tmp_path):
         ("model.attention=flash_attn", ("model.attention",)),
         ("reward.function=mine.py:compute_score", ("reward.function", "mine.py")),
         ("output.loggers=wandb", ("output.loggers", "pip install wandb")),
+        ("train.monitors=nowhere.toml", ("train.monitors", "nowhere.toml")),
         ("train.steps=0", ("train.steps",)),
         ("output.dir=problems.jsonl/out", ("output.dir", "problems.jsonl/out")),
         ("rollout.tensor_parallel_size=2", ("rollout.tensor_parallel_size",)),

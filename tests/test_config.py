@@ -29,8 +29,8 @@ def refusal(recipe, *overrides):
 # Keys
 
 
-def test_there_are_fewer_than_80_keys_and_each_has_a_docstring():
-    assert len(leaf_keys()) < 80
+def test_there_are_fewer_than_90_keys_and_each_has_a_docstring():
+    assert len(leaf_keys()) < 90
     assert [key for key, field in leaf_keys().items() if not (field.description or "").strip().endswith(".")] == []
 
 

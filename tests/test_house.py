@@ -10,20 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # a module may import only from rows above its own
-    {"__version__", "config", "types", "answer"},
+    {"__version__", "config", "types", "answer", "spelling", "repetition"},
     {"rlsp_kernels", "notation"},
-    {"data", "verifier", "verify_worker", "packing", "dist"},
-    {"reward", "log", "model", "rollout", "optim", "memory", "shapes"},
+    {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
+    {"reward", "decontaminate", "monitor", "log", "model", "rollout", "optim", "memory", "shapes"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert", "plan"},
     {"train", "demo", "doctor"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-WITHOUT_TORCH = {"config", "types", "answer", "notation", "verifier", "verify_worker", "data", "reward", "shapes", "plan"}
+WITHOUT_TORCH = {
+    "config", "types", "answer", "spelling", "notation", "repetition", "verifier", "verify_worker", "judge", "data", "reward",
+    "decontaminate", "monitor", "shapes", "plan",
+}  # fmt: skip
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},
     "wandb": {"log"},
-    "nvtx": {"log"},
+    "nvtx": {"log", "memory"},
     "train": {"__main__"},
     "__main__": set(),
     "bench": set(),

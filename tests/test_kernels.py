@@ -3,6 +3,7 @@
 Axes: T packed tokens, V vocabulary, D hidden size.
 """
 
+import gc
 import math
 import os
 import subprocess
@@ -23,6 +24,7 @@ from rlsp_kernels import (
     value_loss,
 )
 from torch.library import opcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
@@ -189,14 +191,12 @@ def test_very_negative_and_very_large_logits_lose_nothing(shift):
 
 
 def test_rows_without_upstream_gradient_are_not_read():
-    logits_TV, token_T = draw(4, 300).requires_grad_(), tokens(4, 300)
-    logprob_T, entropy_T = logprob_entropy(logits_TV, token_T, backend="triton")
-    with torch.no_grad():
-        logits_TV[1] = math.nan  # after forward, which had to read it
-        logits_TV[2] = math.nan
-    torch.autograd.graph.increment_version  # noqa: B018
+    logits_TV, token_T = draw(4, 300), tokens(4, 300)
+    stats = stats_of(logits_TV, token_T)
+    _, entropy_T = logprob_entropy(logits_TV, token_T, backend="triton")
+    logits_TV[1:3] = math.nan  # after forward, which had to read it
     upstream = torch.tensor([1.0, 0.0, 0.0, 2.0], device=DEVICE)
-    node_args = (upstream, upstream, logits_TV.detach(), token_T, entropy_T.detach(), stats_of(logits_TV, token_T))
+    node_args = (upstream, upstream, logits_TV, token_T, entropy_T, stats)
     grad = OPS.logprob_entropy_grad(*node_args, 1.0, None, None, "triton")
     assert (grad[1:3] == 0).all() and grad[[0, 3]].isfinite().all() and (grad[[0, 3]] != 0).any()
 
@@ -368,7 +368,7 @@ def test_ppo_loss_for_every_way_a_row_can_end(T, V):
     torch.testing.assert_close(ours, expected, atol=5e-6, rtol=1e-5)
 
 
-def test_ppo_loss_reads_no_ignored_row_and_nothing_twice_of_a_clipped_one():
+def test_ppo_loss_reads_no_ignored_row_and_a_clipped_one_has_no_gradient():
     logits_TV, token_T = draw(4, 300).requires_grad_(), tokens(4, 300)
     logprob_T = logprob_entropy(logits_TV.detach(), token_T, backend="torch")[0]
     nan = torch.full((300,), math.nan, device=DEVICE)
@@ -410,6 +410,217 @@ def test_without_a_gradient_ppo_loss_leaves_the_logits(loss):
         leaf = logits_TV.clone().requires_grad_()
         ppo_loss(leaf, token_T, *columns, backend="triton", **options)
     assert torch.equal(leaf, before)
+
+
+def by_autograd(logits_TV, token_T, columns, options):
+    """Loss and gradient in float64 from the definition, by autograd."""
+    wide = logits_TV.double().requires_grad_()
+    loss, _ = ppo_loss(wide, token_T, *columns, inplace=False, backend="torch", **{k: double(v) for k, v in options.items()})
+    return loss, torch.autograd.grad(loss, wide)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"entropy_coef": 0.1}, {"entropy_coef": 0.1, "need_entropy": False}, {"kl_coef": 0.2, "ref": True}, {}],
+    ids=["entropy", "entropy unasked for", "kl", "nothing else"],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tokens_without_a_policy_gradient_keep_the_other_ones(options, backend):
+    """Clipped, far beyond the clamp of the log ratio on both sides, and without advantage."""
+    logits_TV, token_T = draw(8, 90, scale=2.0), tokens(8, 90)
+    logprob_T = logprob_entropy(logits_TV, token_T, backend="torch")[0]
+    old_T = logprob_T - torch.tensor([1.0, -1.0, 25.0, 25.0, -25.0, -25.0, 0.1, 0.0], device=DEVICE)
+    advantage_T = torch.tensor([1.0, -1.0, 1.0, -1e-9, 1.0, -1.0, 0.0, 2.0], device=DEVICE)
+    columns = (old_T, advantage_T, torch.linspace(0.5, 1.5, 8, device=DEVICE))
+    options = dict(options)
+    if options.pop("ref", False):
+        options["ref_logprob_T"] = logprob_T - 0.3
+    expected, expected_grad = by_autograd(logits_TV, token_T, columns, options)
+    loss, _ = ppo_loss(logits_TV.requires_grad_() * 1, token_T, *columns, backend=backend, **options)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    (grad,) = torch.autograd.grad(loss, logits_TV)
+    torch.testing.assert_close(grad.double(), expected_grad, atol=1e-5, rtol=1e-5)
+    identity, weight_VD = torch.eye(90, device=DEVICE), logits_TV.detach()
+    linear, _ = linear_ppo_loss(  # the same logits from hidden states: rows leave only where nothing is left of them
+        weight_VD.requires_grad_(), identity, token_T, *columns, backend=backend, **options
+    )
+    if options:
+        torch.testing.assert_close(linear.double(), expected, atol=1e-5, rtol=1e-5)
+    (linear_grad,) = torch.autograd.grad(linear, weight_VD)
+    torch.testing.assert_close(linear_grad.double(), expected_grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 1024, 1025, 5000])
+def test_the_loss_adds_up_more_tokens_than_a_block_holds(T):
+    from rlsp_kernels.ppo_loss import COLUMNS, empty_columns, reduce
+
+    columns_CT = empty_columns(T, torch.zeros(1, device=DEVICE))
+    columns_CT[:, :T] = draw(len(COLUMNS), T)
+    columns_CT[-1, :T] = torch.randint(16, (T,), generator=torch.Generator().manual_seed(0)).to(DEVICE).float()
+    torch.testing.assert_close(reduce(columns_CT, True), reduce(columns_CT, False), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_chosen_column_may_begin_any_tile(first):
+    V = 3 * PPO_BLOCK
+    token_T = torch.arange(0, V, BLOCK, device=DEVICE) - (0 if first else 1)
+    token_T = token_T.clamp(min=0)
+    logits_TV = draw(len(token_T), V, scale=2.0).requires_grad_()
+    T = len(token_T)
+    columns = (torch.full((T,), -11.0, device=DEVICE), draw(T, seed=1), torch.ones(T, device=DEVICE))
+    grads = []
+    for backend in ("torch", "triton"):
+        loss, _ = ppo_loss(logits_TV, token_T, *columns, inplace=False, backend=backend)
+        logprob_T, _ = logprob_entropy(logits_TV, token_T, backend=backend)
+        grads.append(torch.autograd.grad(loss + logprob_T.sum(), logits_TV)[0])
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-4)
+
+
+def test_inputs_that_are_not_contiguous_are_read_as_they_are():
+    T, V, D = 6, 70, 12
+    pairs = torch.stack([tokens(T, V), tokens(T, V, seed=5)], 1)
+    token_T = pairs[:, 0]
+    apart = [torch.stack([draw(T, seed=i).abs() + 0.5, draw(T, seed=i + 9)], 1)[:, 0] for i in range(6)]
+    old_T, advantage_T, weight_T, importance_T, ref_T, warm_T = apart
+    logits_TV, hidden_TD, weight_VD = draw(T, V), draw(D, T).t(), draw(V, D, seed=1)
+    options = {"importance_weight_T": importance_T, "ref_logprob_T": ref_T, "kl_coef": 0.1, "temperature": warm_T}
+
+    def all_of(token_T, columns, options, logits_TV, hidden_TD, backend):
+        leaf, h = logits_TV.clone().requires_grad_(), hidden_TD.clone().requires_grad_()
+        found = [*logprob_entropy(leaf, token_T, temperature=options["temperature"], backend=backend)]
+        found.append(ppo_loss(leaf, token_T, *columns, inplace=False, backend=backend, **options)[0])
+        found.append(linear_ppo_loss(h, weight_VD, token_T, *columns, backend=backend, **options)[0])
+        found += linear_logprob_entropy(h, weight_VD, token_T, temperature=options["temperature"], backend=backend)
+        found += [kl_penalty(*columns[:2], "k3", backend=backend), value_loss(*columns, columns[2], backend=backend)[0]]
+        upstream = torch.stack([draw(T, seed=20), draw(T, seed=21)], 1)[:, 0]
+        total = sum((x * (upstream if x.ndim else 1.0)).sum() for x in found)
+        return [*(x.detach() for x in found), *torch.autograd.grad(total, [leaf, h])]
+
+    plain = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    columns = (old_T - 4, advantage_T, weight_T)
+    expected = all_of(
+        token_T.contiguous(), [x.contiguous() for x in columns], plain, logits_TV, hidden_TD.contiguous(), "triton"
+    )
+    ours = all_of(token_T, columns, options, logits_TV, hidden_TD, "triton")
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours, all_of(token_T, columns, options, logits_TV, hidden_TD, "torch"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("factor", [1 / 3, 0.3, 1.7])
+def test_a_gradient_is_scaled_once_and_rounded_once(backend, factor):
+    logits_TV, token_T = draw(3, 200, dtype=torch.bfloat16).requires_grad_(), tokens(3, 200)
+    columns = (torch.full((3,), -5.0, device=DEVICE), draw(3, seed=1), torch.ones(3, device=DEVICE))
+    kept = []
+    for scale in (1.0, factor):
+        loss, _ = ppo_loss(logits_TV, token_T, *columns, inplace=False, backend=backend)
+        (grad,) = torch.autograd.grad(loss * scale, logits_TV)
+        kept.append(grad)
+        loss, _ = ppo_loss(logits_TV * 1, token_T, *columns, backend=backend)
+        assert torch.equal(torch.autograd.grad(loss * scale, logits_TV)[0], grad)
+    expected = (kept[0].float() * torch.tensor(factor)).to(torch.bfloat16)
+    if GPU or backend == "torch":
+        assert torch.equal(kept[1], expected)
+    else:  # the interpreter cuts off
+        torch.testing.assert_close(kept[1], expected, atol=0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_bias_learns_alone(backend):
+    hidden_TD, weight_VD, bias_V = draw(5, 8), draw(30, 8, seed=1), draw(30, seed=2).requires_grad_()
+    token_T, ones = tokens(5, 30), torch.ones(5, device=DEVICE)
+    logprob_T, _ = linear_logprob_entropy(hidden_TD, weight_VD, token_T, bias_V=bias_V, backend=backend)
+    loss, _ = linear_ppo_loss(hidden_TD, weight_VD, token_T, -3 * ones, ones, ones, bias_V=bias_V, backend=backend)
+    ours = torch.autograd.grad(logprob_T.sum() + loss, bias_V)
+    logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD, bias_V)
+    logprob_T, _ = logprob_entropy(logits_TV, token_T, backend="torch")
+    loss, _ = ppo_loss(logits_TV, token_T, -3 * ones, ones, ones, inplace=False, backend="torch")
+    torch.testing.assert_close(ours, torch.autograd.grad(logprob_T.sum() + loss, bias_V), atol=1e-5, rtol=1e-5)
+
+
+def test_the_gradient_of_the_projection_is_added_up_in_float32():
+    T, D, V = 512, 8, 40
+    hidden_TD = draw(T, D, dtype=torch.bfloat16)
+    weight_VD = draw(V, D, seed=1, dtype=torch.bfloat16).requires_grad_()
+    columns = (torch.full((T,), -3.0, device=DEVICE), torch.ones(T, device=DEVICE), torch.ones(T, device=DEVICE))
+    grads = []
+    for budget in (1 << 30, 2 * 4 * V):  # one chunk, 128 chunks
+        loss, _ = linear_ppo_loss(hidden_TD, weight_VD, tokens(T, V), *columns, logits_budget=budget, backend="triton")
+        grads.append(torch.autograd.grad(loss, weight_VD)[0].float())
+    worst = ((grads[0] - grads[1]).abs() / grads[0].abs().amax()).amax()
+    assert worst <= 2**-8  # one rounding to bf16, not 128 of them
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_nothing_holds_the_logits_while_the_gradient_is_rounded(linear, monkeypatch):
+    from rlsp_kernels.linear import _Gradients
+
+    finish, seen = _Gradients.finish, []
+
+    def watched(self, group):
+        storage = StorageWeakRef(self.head.logits_CV.untyped_storage())
+        result = finish(self, group)
+        gc.collect()  # the interpreter leaves cycles
+        seen.append(storage.expired())
+        return result
+
+    monkeypatch.setattr(_Gradients, "finish", watched)
+    hidden_TD, weight_VD, token_T = draw(4, 8), draw(30, 8, seed=1).requires_grad_(), tokens(4, 30)
+    ones = torch.ones(4, device=DEVICE)
+    if linear:
+        linear_logprob_entropy(hidden_TD, weight_VD, token_T, backend="triton")[0].sum().backward()
+    else:
+        linear_ppo_loss(hidden_TD, weight_VD, token_T, -3 * ones, ones, ones, backend="triton")
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_ignored_token_need_be_no_token(backend):
+    token_T = torch.tensor([3, -100, 5], device=DEVICE)
+    weight_T = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
+    hidden_TD, weight_VD = draw(3, 8), draw(30, 8, seed=1).requires_grad_()
+    columns = (torch.full((3,), -3.0, device=DEVICE), torch.ones(3, device=DEVICE), weight_T)
+    every = torch.arange(3, device=DEVICE)
+    loss, metrics = linear_ppo_loss(hidden_TD, weight_VD, token_T, *columns, rows_N=every, backend=backend)
+    assert loss.isfinite() and metrics.num_tokens == 2
+    assert torch.autograd.grad(loss, weight_VD)[0].isfinite().all()
+    assert ppo_loss(hidden_TD @ weight_VD.t(), token_T, *columns, backend=backend)[0].isfinite()
+
+
+def test_a_soft_cap_makes_minus_infinity_finite_and_a_masked_token_stays_impossible():
+    logits_TV = draw(3, 40)
+    logits_TV[:, 7] = -math.inf
+    token_T = torch.tensor([7, 1, 7], device=DEVICE)
+    capped = [logprob_entropy(logits_TV, token_T, softcap=10.0, backend=k) for k in ("torch", "triton")]
+    torch.testing.assert_close(capped[1], capped[0], atol=1e-5, rtol=1e-5)
+    lowest = draw(3, 40, dtype=torch.bfloat16)
+    lowest[:, 7] = torch.finfo(torch.bfloat16).min
+    logprob_T, entropy_T = logprob_entropy(lowest, token_T, backend="triton")
+    assert logprob_T[[0, 2]].tolist() == [-math.inf] * 2 and logprob_T[1].isfinite() and entropy_T.isfinite().all()
+
+
+def test_a_rare_token_keeps_half_a_unit():
+    logits_TV = torch.zeros(2, 500, device=DEVICE)
+    logits_TV[:, 3], logits_TV[:, 4] = 33.3, -57.7
+    token_T = torch.tensor([4, 4], device=DEVICE)
+    truth = logprob_entropy(logits_TV.double(), token_T, temperature=0.7, backend="torch")[0]
+    ours = logprob_entropy(logits_TV, token_T, temperature=0.7, backend="triton")[0]
+    assert (ours - truth).abs().max() < 5e-6  # half a unit of 130 is 7.6e-6
+
+
+def test_a_kl_beyond_the_clamp_takes_no_gradient_however_large_its_upstream():
+    logprob_T = torch.tensor([0.0, -1.0], device=DEVICE).requires_grad_()
+    kl_T = kl_penalty(logprob_T, torch.tensor([-50.0, -1.0], device=DEVICE), "k2", backend="triton")
+    (grad,) = torch.autograd.grad(kl_T, logprob_T, torch.full((2,), math.inf, device=DEVICE))
+    assert grad.tolist() == [0.0, 0.0]
+
+
+def test_a_nan_ratio_shows_in_its_extremes():
+    logits_TV, token_T, ones = draw(3, 20), tokens(3, 20), torch.ones(3, device=DEVICE)
+    bad = torch.tensor([-3.0, math.nan, -3.0], device=DEVICE)
+    for backend in ("torch", "triton"):
+        _, metrics = ppo_loss(logits_TV, token_T, bad, ones, ones, backend=backend)
+        assert metrics.ratio_min.isnan() and metrics.ratio_max.isnan()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -556,8 +767,8 @@ def test_a_frozen_projection_costs_no_gradient_of_its_own():
     hidden_TD, weight_VD, token_T = draw(4, 8).requires_grad_(), draw(30, 8, seed=1), tokens(4, 30)
     ones = torch.ones(4, device=DEVICE)
     args = (hidden_TD.detach(), weight_VD, None, token_T, -3 * ones, ones, ones, None, None, None, None, 1.0, None, 1.0)
-    rest = (0.2, 0.2, None, 0.0, "k3", 0.0, True, None, 1 << 20, 0, None, "triton")
-    *_, d_hidden, d_weight, d_bias = OPS.linear_ppo_loss(*args, *rest, True, False)
+    rest = (0.2, 0.2, None, 0.0, "k3", 0.0, True, None, 1 << 20, 0, 0, None, "triton")
+    *_, d_hidden, d_weight, d_bias = OPS.linear_ppo_loss(*args, *rest, True, False, False)
     assert d_hidden.shape == (4, 8) and d_weight.numel() == d_bias.numel() == 0
     loss, _ = linear_ppo_loss(hidden_TD, weight_VD, token_T, -3 * ones, ones, ones, backend="triton")
     torch.testing.assert_close(torch.autograd.grad(loss, hidden_TD)[0], d_hidden)
@@ -637,19 +848,24 @@ def op_samples():
         yield OPS.ppo_loss, (x.detach(), *loss, 1.0, None, *numbers, False, backend)
         yield OPS.ppo_loss_, (x.detach().clone(), *loss, 1.0, None, *numbers, backend)
         yield OPS.scale_, (draw(3, 4), torch.tensor(2.0, device=DEVICE), backend)
+        yield OPS.scaled, (draw(3, 4), torch.tensor(2.0, device=DEVICE), backend)
         yield OPS.kl_penalty, (c[0].clone().requires_grad_(), c[1].clone().requires_grad_(), "k3", backend)
         yield OPS.kl_penalty_grad, (c[0], c[1], c[2], "k3", backend)
         yield OPS.value_loss, (c[0].clone().requires_grad_(), c[1], c[2], c[3].abs(), 0.2, backend)
         rows = torch.tensor([0, 2, 3], device=DEVICE)
-        tail = (None, 1 << 20, 0, None, backend)
+        tail = (None, 1 << 20, 0, 0, None, backend)
         yield OPS.linear_logprob_entropy, (h, w, b, token_T, warm, rows, 1.0, None, 0.5, True, *tail)
         yield (
             OPS.linear_logprob_entropy_grad,
             (c[0], c[1], entropy_T, stats, h.detach(), w.detach(), b.detach(), token_T, warm, None, 1.0, None, 0.5, *tail)
-            + (True, True),
+            + (True, True, True),
         )
-        yield OPS.linear_ppo_loss, (h, w, b, *loss, rows, 1.0, None, 0.5, *numbers, *tail, True, True)
-        yield OPS.linear_ppo_loss, (h.detach(), w, None, *loss, None, 1.0, None, 1.0, *numbers, *tail, False, True)
+        yield OPS.linear_ppo_loss, (h, w, b, *loss, rows, 1.0, None, 0.5, *numbers, *tail, True, True, True)
+        yield OPS.linear_ppo_loss, (h.detach(), w, None, *loss, None, 1.0, None, 1.0, *numbers, *tail, False, True, False)
+        wide = [x.detach().double() for x in (h, w, b)]
+        yield OPS.linear_ppo_loss, (*wide, *loss, None, 1.0, None, 1.0, *numbers, *tail[:-1], "torch", False, False, False)
+        narrow = (torch.float32, *tail[1:-1], "torch")
+        yield OPS.linear_logprob_entropy, (*wide, token_T, warm, None, 1.0, None, 0.5, True, *narrow)
 
 
 def test_opcheck_passes_for_every_op():
@@ -657,7 +873,7 @@ def test_opcheck_passes_for_every_op():
     for op, args in op_samples():
         opcheck(op, args)
         seen.add(op._qualified_op_name)
-    assert len(seen) == 12
+    assert len(seen) == 13
 
 
 COMPILED = {
@@ -716,7 +932,9 @@ def on_two_ranks():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("claim", ["a spread vocabulary", "a sharded DTensor", "a DTensor of FSDP2"])
+@pytest.mark.parametrize(
+    "claim", ["a spread vocabulary", "a sharded DTensor", "a DTensor of FSDP2", "uneven shares", "a share of nothing but -inf"]
+)
 def test_two_ranks_give_what_one_gives(on_two_ranks, backend, claim):
     assert f"{claim}, {backend}: equal" in on_two_ranks
 
@@ -756,6 +974,13 @@ META = torch.zeros(3, device="meta")
         (lambda: logprob_entropy(X[:1].expand(3, 5), I3, inplace_backward=True), "do not overlap"),
         (lambda: ppo_loss(X.clone().requires_grad_(), I3, Z3, Z3, Z3), "inplace=True would overwrite a leaf"),
         (lambda: ppo_loss(X, I3, Z3, META, Z3), "advantage_T is on meta"),
+        (lambda: ppo_loss(X, I3, Z3, Z3, Z3, kl_coef=0.5), "kl_coef = 0.5 needs ref_logprob_T"),
+        (lambda: ppo_loss(X, I3, Z3, Z3, Z3, clip_ratio_low=-0.5), r"clip_ratio_low must be in \[0, 1\], got -0.5"),
+        (lambda: ppo_loss(X, I3, Z3, Z3, Z3, clip_ratio_high=math.nan), "clip_ratio_high must be >= 0, got nan"),
+        (lambda: logprob_entropy(X, I3, temperature=1e-9), "temperature must be at least 1e-6"),
+        (lambda: logprob_entropy(X[:, :0], I3), "no column"),
+        (lambda: linear_logprob_entropy(X, X, I3, logits_dtype=torch.int32), "logits_dtype must be floating point"),
+        (lambda: linear_logprob_entropy(X.int(), X.int(), I3), "want floating-point hidden_TD"),
         (lambda: linear_ppo_loss(X, X.double(), I3, Z3, Z3, Z3), "hidden_TD is torch.float32 and weight_VD torch.float64"),
         (lambda: linear_ppo_loss(X, X, I3, Z3, Z3, Z3, bias_V=torch.zeros(2)), r"want bias_V \(V,\) = \(3,\), got \(2,\)"),
         (lambda: linear_ppo_loss(X, X, I3, Z3, Z3, Z3, rows_N=I3.int()), r"want rows_N \(N,\) int64"),

@@ -3,6 +3,8 @@
 Without a GPU the kernel's own source runs on threads (csrc/checks), under the address and thread sanitizers.
 """
 
+import functools
+import importlib.metadata
 import itertools
 import json
 import os
@@ -12,12 +14,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rlsp_kernels import packed_gae, whiten
 from rlsp_kernels.kl import kl_penalty
 from rlsp_kernels.packed_gae import backend_report
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -362,9 +366,12 @@ def test_packed_gae_compiles_into_a_full_graph_without_recompiling_for_another_b
         assert_close(compiled(*other), advantages(*other))
 
 
-def test_the_outputs_are_constants_to_autograd():
-    value_T, cu_seqlens, mask_T, _ = packed([20])
-    result = packed_gae(value_T.requires_grad_(), cu_seqlens, mask_T)
+@every_backend
+def test_the_outputs_are_constants_to_autograd(backend):
+    value_T, cu_seqlens, mask_T, g = packed([20])
+    columns = {name: x.requires_grad_() for name, x in every_option([20], g).items()}
+    lam = torch.tensor([0.9], requires_grad=True)
+    result = run(backend, value_T.requires_grad_(), cu_seqlens, mask_T, lam=lam, kl_coef=0.1, **columns)
     assert not any(x.requires_grad for x in result)
 
 
@@ -388,6 +395,10 @@ def i32(*numbers):
     ({"terminal_reward_S": torch.zeros(6)}, r"terminal_reward_S must have shape \(1,\)"),
     ({"bootstrap_S": torch.zeros(2)}, r"bootstrap_S must have shape \(1,\)"),
     ({"lam": torch.zeros(2)}, r"lam must have shape \(1,\)"),
+    ({"lam": torch.tensor([1.5])}, r"lam must be in \[0, 1\], got 1.5 to 1.5"),
+    ({"lam": torch.tensor([float("nan")])}, r"lam must be in \[0, 1\], got nan"),
+    ({"lam": torch.zeros(1).double()}, "lam must be torch.float32, got torch.float64"),
+    ({"old_logprob_T": torch.zeros(6).half(), "ref_logprob_T": torch.zeros(6), "kl_coef": 1.0}, "old_logprob_T must be"),
     ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
     ({"critic_lam": -0.1}, r"critic_lam must be in \[0, 1\]"),
     ({"lam": float("nan")}, r"lam must be in \[0, 1\]"),
@@ -395,8 +406,8 @@ def i32(*numbers):
     ({"kl_kind": "k4"}, "kl_kind must be k1, k2 or k3, got 'k4'"),
 ])  # fmt: skip
 def test_packed_gae_refuses(change, message, backend):
-    if backend == "cuda" and ("cu_seqlens" in change or "mask_T" in change):
-        pytest.skip("looking at cu_seqlens would wait for the GPU; the kernel asserts")
+    if backend == "cuda" and message.startswith(("from 0", "decreases", r"lam must be in \[0, 1\], got")):
+        pytest.skip("looking would wait for the GPU; the kernel asserts")
     sound = {"value_T": torch.zeros(6), "cu_seqlens": i32(0, 6), "mask_T": torch.ones(6, dtype=torch.bool)}
     with pytest.raises(ValueError, match=message):
         arguments = sound | change
@@ -410,12 +421,19 @@ def test_tensors_on_two_devices_are_refused():
 
 
 @pytest.mark.skipif(bool(NO_CPP), reason=f"no C++ library: {NO_CPP}")
-def test_the_library_itself_refuses_cu_seqlens_that_would_read_elsewhere():
+@pytest.mark.parametrize("cu_seqlens, lam, message", [
+    (i32(0, 600), 0.5, "cu_seqlens must run from 0 to T"),
+    (i32(0), 0.5, "cu_seqlens must run from 0 to T = 6, got 1 numbers"),
+    (i32(), 0.5, "cu_seqlens must run from 0 to T = 6, got 0 numbers"),
+    (i32(0, 6), 2.0, r"lam must be in \[0, 1\]"),
+])  # fmt: skip
+def test_the_library_itself_refuses_what_would_read_elsewhere_or_give_nonsense(cu_seqlens, lam, message):
     arguments = {"gamma": 1.0, "lam": 0.9, "kl_coef": 0.0, "kl_kind": 1} | dict.fromkeys(
-        ("lam_S", "critic_lam", "terminal_reward_S", "reward_T", "old_logprob_T", "ref_logprob_T", "bootstrap_S")
+        ("critic_lam", "terminal_reward_S", "reward_T", "old_logprob_T", "ref_logprob_T", "bootstrap_S")
     )
-    with pytest.raises(RuntimeError, match="cu_seqlens must run from 0 to T"):
-        torch.ops.rlsp_kernels.packed_gae(torch.zeros(6), i32(0, 600), torch.ones(6, dtype=torch.bool), **arguments)
+    arguments["lam_S"] = torch.full((max(len(cu_seqlens) - 1, 0),), lam)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rlsp_kernels.packed_gae(torch.zeros(6), cu_seqlens, torch.ones(6, dtype=torch.bool), **arguments)
 
 
 def test_a_backend_of_another_device_is_refused():
@@ -423,6 +441,17 @@ def test_a_backend_of_another_device_is_refused():
         packed_gae(torch.zeros(1), i32(0, 1), torch.ones(1, dtype=torch.bool), backend="cuda")
     with pytest.raises(ValueError, match="backend must be auto, torch, cpp or cuda, got 'triton'"):
         packed_gae(torch.zeros(1), i32(0, 1), torch.ones(1, dtype=torch.bool), backend="triton")
+
+
+@pytest.mark.skipif(backend_report()["cuda"].loaded, reason="the CUDA library is here")
+def test_a_cuda_tensor_without_the_cuda_library_is_an_error_that_names_the_fix():
+    with FakeTensorMode():  # whose tensors can be on a GPU that is not there
+        value_T, mask_T = torch.empty(6, device="cuda"), torch.empty(6, dtype=torch.bool, device="cuda")
+        cu_seqlens = torch.empty(2, dtype=torch.int32, device="cuda")
+        with pytest.raises(RuntimeError, match="With nvcc on the PATH and RLSP_BUILD=cuda, reinstall by `pip install"):
+            packed_gae(value_T, cu_seqlens, mask_T)
+        with pytest.raises(ValueError, match="cu_seqlens is on cpu, value_T on cuda:0; move them to one device"):
+            packed_gae(value_T, cu_seqlens.cpu(), mask_T)
 
 
 BARE = """
@@ -454,22 +483,96 @@ def test_without_the_library_plain_torch_runs_and_says_so_once(tmp_path):
 
 # --- peers ------------------------------------------------------------------------------------
 
+# Each runs where the peer's package is importable: docs/testing.md says which releases have the function, and what they need.
+S, L, GAMMA, LAM = 6, 50, 0.99, 0.9
+
+
+def padded(keep):
+    """(S, L) value, token reward, old and reference logprob; and the mask: `keep` of each row True, or one run of its own."""
+    g = torch.Generator().manual_seed(0)
+    value, reward, old, change = torch.randn(4, S, L, generator=g)
+    ref = old + 0.3 * change  # NeMo-RL cuts a token's KL at 10; ours bounds the log-ratio alone
+    if keep is not None:
+        return value, reward, old, ref, torch.rand(S, L, generator=g) < keep
+    first, last = torch.tensor([[0, 0, 7, 49, 10, 3], [50, 31, 50, 50, 11, 40]])
+    position = torch.arange(L)
+    return value, reward, old, ref, (position >= first[:, None]) & (position < last[:, None])
+
+
+def ours(backend, value, mask, **options):
+    """packed_gae of a padded batch: advantages, the same whitened, and returns, at the True positions."""
+    options = {name: x.flatten() if getattr(x, "ndim", 0) == 2 else x for name, x in options.items()}
+    cu_seqlens = torch.arange(0, S * L + 1, L, dtype=torch.int32)
+    result = run(backend, value.flatten(), cu_seqlens, mask.flatten(), gamma=GAMMA, **options)
+    keep = mask.flatten()
+    return result.advantage_T[keep], whiten(result.advantage_T, keep, result.moments)[keep], result.return_T[keep]
+
+
+near = functools.partial(assert_close, rtol=1e-5, atol=1e-5)
+near_whitened = functools.partial(assert_close, rtol=1e-4, atol=1e-4)
+
 
 @every_backend
 def test_gae_is_verls(backend):
-    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
-    g = torch.Generator().manual_seed(0)
-    S, L = 6, 50
-    value, reward = torch.randn(S, L, generator=g), torch.randn(S, L, generator=g)
-    mask = torch.rand(S, L, generator=g) < 0.7
-    white, returns = core_algos.compute_gae_advantage_return(reward, value, mask.float(), torch.tensor(0.99), torch.tensor(0.9))
-    result = run(
-        backend, value.flatten(), torch.arange(0, S * L + 1, L, dtype=torch.int32), mask.flatten(),
-        gamma=0.99, lam=0.9, reward_T=reward.flatten(),
+    verl = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
+    value, reward, _, _, mask = padded(keep=0.7)
+    theirs, returns = verl.compute_gae_advantage_return(reward, value, mask.float(), torch.tensor(GAMMA), torch.tensor(LAM))
+    _, white, own_returns = ours(backend, value, mask, lam=LAM, reward_T=reward)
+    near(own_returns, returns[mask])
+    near_whitened(white, theirs[mask])
+
+
+@every_backend
+def test_gae_is_openrlhfs(backend):
+    openrlhf = pytest.importorskip("openrlhf.trainer.ppo_utils.experience_maker", exc_type=ImportError)
+    gae = openrlhf.RemoteExperienceMaker.get_advantages_and_returns
+    value, reward, _, _, mask = padded(keep=None)  # it counts a masked token inside a response as one step of value 0
+    advantages, returns = gae(None, value, reward, mask.float(), GAMMA, LAM)
+    own_advantages, _, own_returns = ours(backend, value, mask, lam=LAM, reward_T=reward)
+    near(own_advantages, advantages[mask])
+    near(own_returns, returns[mask])
+
+
+@every_backend
+def test_gae_is_trls(backend):
+    trl = pytest.importorskip("trl.trainer.ppo_trainer", exc_type=ImportError)
+    gae = getattr(trl.PPOTrainer, "compute_advantages", None)
+    if gae is None:
+        pytest.skip(f"trl {importlib.metadata.version('trl')} has GAE only within its training loop; 0.11.4 as a function")
+    value, reward, _, _, mask = padded(keep=None)  # as for OpenRLHF
+    config = SimpleNamespace(gamma=GAMMA, lam=LAM, whiten_rewards=False)
+    _, theirs, returns = gae(SimpleNamespace(config=config), value, reward, mask.float())
+    _, white, own_returns = ours(backend, value, mask, lam=LAM, reward_T=reward)
+    near(own_returns, returns[mask])
+    near_whitened(white, theirs[mask])
+
+
+@every_backend
+@pytest.mark.parametrize("kl_kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("vapo", [False, True])
+def test_gae_is_nemo_rls(vapo, kl_kind, backend):
+    nemo = pytest.importorskip("nemo_rl.algorithms.advantage_estimator", exc_type=ImportError)
+    value, _, old, ref, mask = padded(keep=0.7)
+    mask[2] = False
+    terminal_S, alpha = value[:, 0] + 1, 0.05
+    config = {
+        "gae_gamma": GAMMA,
+        "gae_lambda": LAM,
+        "gae_lambda_value": 1.0 if vapo else None,
+        "gae_lambda_policy": None,
+        "length_adaptive_alpha": alpha if vapo else 0.0,
+        "normalize_advantages": False,
+    }
+    loss = SimpleNamespace(use_kl_in_reward=True, reference_policy_kl_penalty=0.1, reference_policy_kl_type=kl_kind)
+    estimator = nemo.GeneralizedAdvantageEstimator(config, loss)
+    advantages, returns = estimator.compute_advantage(None, terminal_S, mask.float(), value, ref, old)
+    adaptive_S = 1 - 1 / (alpha * mask.sum(1)).clamp(min=1)
+    own_advantages, _, own_returns = ours(
+        backend, value, mask, lam=adaptive_S if vapo else LAM, critic_lam=1.0 if vapo else None,
+        terminal_reward_S=terminal_S, old_logprob_T=old, ref_logprob_T=ref, kl_coef=0.1, kl_kind=kl_kind,
     )  # fmt: skip
-    keep = mask.flatten()
-    assert_close(result.return_T[keep], returns.flatten()[keep], rtol=1e-5, atol=1e-5)
-    assert_close(whiten(result.advantage_T, keep, result.moments)[keep], white.flatten()[keep], rtol=1e-4, atol=1e-4)
+    near(own_advantages, advantages[mask])
+    near(own_returns, returns[mask])
 
 
 # --- building ---------------------------------------------------------------------------------
@@ -512,10 +615,44 @@ def test_the_cuda_kernels_compile_for_every_architecture_without_a_spill(tmp_pat
         itertools.product(("sm_80", "sm_90", "sm_100"), "12")
     )
     for lambdas, arch, stores, loads, registers in kernels:
-        print(f"{arch}, {lambdas} lambda(s): {registers} registers, {stores} + {loads} bytes spilled")
-        record_property(f"packed_gae_{arch}_{lambdas}", f"{registers} registers, {stores} + {loads} bytes spilled")
+        record_property(f"packed_gae, {arch}, {lambdas} lambda(s)", f"{registers} registers, {stores} + {loads} bytes spilled")
         assert (stores, loads) == ("0", "0")
         assert int(registers) <= 128, "two blocks of 256 threads no longer fit a multiprocessor"
+
+
+def build_libraries(folder, path, **environment):
+    """setup.py's build of the libraries into the folder, with that PATH; what it wrote to native_build.json, if anything."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp"]
+    without = os.environ.keys() & {"CXX", "CUDA_HOME", "RLSP_BUILD"}
+    env = {name: value for name, value in os.environ.items() if name not in without} | {"PATH": str(path)} | environment
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+    note = folder / "rlsp_kernels" / "native_build.json"
+    return done, json.loads(note.read_text()) if note.exists() else None
+
+
+@pytest.fixture
+def only_cmake(tmp_path):
+    """A PATH with no compiler."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cmake").symlink_to(CMAKE)
+    return tmp_path / "bin"
+
+
+@needs_compiler
+def test_a_machine_without_a_compiler_builds_nothing_and_says_so(only_cmake, tmp_path):
+    done, left_out = build_libraries(tmp_path / "out", only_cmake)
+    assert done.returncode == 0, done.stderr
+    assert left_out == dict.fromkeys(("cpu", "cuda"), "no C++ compiler was found")
+    assert "rlsp_kernels: the cpu library is not built: no C++ compiler was found" in done.stderr
+    done, left_out = build_libraries(tmp_path / "forced", only_cmake, RLSP_BUILD="cpu")
+    assert done.returncode != 0 and "RLSP_BUILD=cpu, but no C++ compiler was found" in done.stderr and left_out is None
+
+
+@needs_compiler
+def test_a_machine_without_nvcc_says_so_when_the_cuda_library_is_wanted(only_cmake, tmp_path):
+    (only_cmake / "c++").symlink_to(COMPILER)
+    done, _ = build_libraries(tmp_path, only_cmake, RLSP_BUILD="cuda", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0 and "RLSP_BUILD=cuda, but nvcc was not found" in done.stderr
 
 
 @needs_compiler
@@ -535,17 +672,20 @@ def test_a_wheel_carries_the_library_and_works_alone(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_the_scans_pass_the_sanitizers(sanitizers, tmp_path):
+@pytest.mark.parametrize("sanitizers, scans", [
+    (["-fsanitize=address,undefined", "-DNDEBUG"], ["cpu", "cuda", "unsound"]),  # unsound: what the assertions would stop
+    (["-fsanitize=thread"], ["cpu", "cuda"]),
+], ids=["address", "thread"])  # fmt: skip
+def test_the_scans_pass_the_sanitizers(sanitizers, scans, tmp_path):
     program, checks = tmp_path / "check_scan", ROOT / "csrc" / "checks"
     command = [
         COMPILER, "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread",
-        f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{checks}",
+        *sanitizers, "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{checks}",
         checks / "check_scan.cpp", "-o", program,
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for scan in ("cpu", "cuda"):
+    for scan in scans:
         done = subprocess.run([program, scan], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "ok" in done.stdout and "FAIL" not in done.stdout
@@ -556,40 +696,45 @@ def test_the_scans_pass_the_sanitizers(sanitizers, tmp_path):
 ON_GPU = """
 import sys, torch
 from rlsp_kernels import packed_gae
-T = 50000
-cu_seqlens = torch.tensor(eval(sys.argv[1]), dtype=torch.int32, device="cuda")
-packed_gae(torch.ones(T, device="cuda"), cu_seqlens, torch.ones(T, dtype=torch.bool, device="cuda"), critic_lam=1.0)
+def ones(size):
+    return torch.ones(size, device="cuda")
+cu_seqlens, lam = (torch.tensor(eval(x), device="cuda") for x in sys.argv[1:3])
+T, S = int(sys.argv[3]), len(lam)
+keep_T = torch.arange(T, device="cuda") % 5 != 0
+packed_gae(ones(T), cu_seqlens.int(), keep_T, terminal_reward_S=ones(S))
+columns = {name: ones(T) for name in ("reward_T", "old_logprob_T", "ref_logprob_T")} | {"bootstrap_S": ones(S)}
+packed_gae(ones(T), cu_seqlens.int(), keep_T, lam=lam, critic_lam=1.0, kl_coef=0.1, kl_kind="k3", **columns)
 torch.cuda.synchronize()
 """
 
 
+def on_gpu(cu_seqlens, lam, T, tool=()):
+    """ON_GPU in a process of its own (an assertion on the device ends it), under compute-sanitizer if asked."""
+    env = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [*tool, sys.executable, "-c", ON_GPU, str(cu_seqlens), str(lam), str(T)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("cu_seqlens", ["[1, 50000]", "[0, 49999]", "[0, 30000, 20000, 50000]"])
-def test_the_kernel_asserts_that_cu_seqlens_is_sound(cu_seqlens):
-    env = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
-    done = subprocess.run([sys.executable, "-c", ON_GPU, cu_seqlens], env=env, capture_output=True, text=True)
-    assert done.returncode != 0 and "packed_gae: cu_seqlens must" in done.stdout + done.stderr
+@pytest.mark.parametrize("cu_seqlens, lam, says", [
+    ([1, 50000], [0.9], "cu_seqlens must run from 0 to T"),
+    ([0, 49999], [0.9], "cu_seqlens must run from 0 to T"),
+    ([0, 30000, 20000, 50000], [0.9] * 3, "cu_seqlens must not decrease"),
+    ([0, 20000, 50000], [0.9, 1.1], "lam must be in [0, 1]"),
+])  # fmt: skip
+def test_the_kernel_asserts_what_a_cpu_refuses(cu_seqlens, lam, says):
+    done = on_gpu(cu_seqlens, lam, 50000)
+    assert done.returncode != 0 and f"packed_gae: {says}" in done.stdout + done.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_the_kernel_passes_compute_sanitizer(tool):
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "1",
-        sys.executable,
-        "-c",
-        ON_GPU,
-        "[0, 3, 3, 50000]",
-    ]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+@pytest.mark.parametrize("T", [50001, 2_500_003], ids=["a tile a block", "several tiles a block"])
+def test_the_kernel_passes_compute_sanitizer(T, tool):
+    done = on_gpu([0, 3, 3, 40000, T], [0.9, 1.0, 0.0, 0.5], T, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"])
     assert done.returncode == 0, done.stdout
 
 

@@ -1,11 +1,28 @@
 """RLSP's reward: exploration against the paper's formulas, the mix, and a user's own function."""
 
+import json
+import os
+import random
+import re
+import time
 import traceback
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from rlsp_fast.config import RewardConfig
-from rlsp_fast.reward import Scorer, length_code_exploration, length_exploration, load_function
+from rlsp_fast.config import REPETITION_NGRAM, RewardConfig, load
+from rlsp_fast.demo import demonstrate
+from rlsp_fast.reward import (
+    Scorer,
+    length_code_exploration,
+    length_exploration,
+    load_function,
+    reasoning_length,
+    repeated_share,
+    repetition_exploration,
+)
 from rlsp_fast.types import Problem, Rollout
 
 RIGHT, WRONG, NONE = r"so \boxed{5}", r"so \boxed{6}", "so 5"
@@ -56,7 +73,165 @@ def test_a_box_at_once_does_not_beat_a_worked_answer_as_it_does_in_the_papers_co
     assert at_once.correct and worked.correct and at_once.reward < worked.reward
 
 
+# Repetition
+
+DEMO_NGRAM = 12
+PIECES = re.compile(r" ?\d| ?[A-Za-z]+|\\[a-z]+\{?| ?[^\sA-Za-z\d]|\s")
+
+
+def tokens(text: str) -> list[int]:
+    """Digits one by one, words, symbols: as the demo's tokenizer and, but for digits, those of large models cut text."""
+    vocabulary: dict[str, int] = {}
+    return [vocabulary.setdefault(piece, len(vocabulary)) for piece in PIECES.findall(text)]
+
+
+def demo_responses(n: int) -> list[str]:
+    """Worked sums as the demo's model learns to write them."""
+    rng, found = random.Random(5), []
+    while len(found) < n:
+        text = demonstrate(" + ".join(str(rng.randint(0, 10)) for _ in range(rng.randint(5, 7))), rng)
+        found += [text] if "=" in text else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ids", "ngram", "repeats"),
+    [
+        ([1, 2, 3, 4, 5, 6], 3, 0),
+        ([1, 2, 3, 1, 2, 3], 3, 3),
+        ([1, 2, 3, 9, 1, 2, 3, 8], 3, 3),
+        ([1, 2, 3, 4, 9, 1, 2, 3, 4], 3, 4),  # two runs that overlap count their tokens once
+        ([1, 2, 9, 1, 2, 8], 3, 0),  # shorter than a run
+        ([7] * 10, 3, 9),  # the first token alone is new
+        ([1, 2] * 5, 3, 8),
+        ([1, 2], 3, 0),
+        ([], 3, 0),
+        ([1, 1, 2, 2], 1, 2),
+    ],
+)
+def test_repeated_share_counts_tokens_in_runs_that_occurred_before(ids, ngram, repeats):
+    assert repeated_share(ids, ngram) == pytest.approx(repeats / max(1, len(ids)))
+
+
+def length_and_repetition(ids, c, minimum, ngram=DEMO_NGRAM):
+    repeated = repeated_share(ids, ngram)
+    return length_exploration(len(ids), c, minimum) + repetition_exploration(len(ids), repeated, c, minimum)
+
+
+@pytest.mark.parametrize("c, minimum", [(10, -1.0), (1000, -10.0), (0, -1.0)])
+def test_text_that_repeats_itself_earns_no_length(c, minimum):
+    rng = random.Random(0)
+    for _ in range(200):
+        start = [rng.randrange(50) for _ in range(rng.randint(1, 300))]
+        cut = rng.randrange(len(start))
+        copy = (start[cut:] * DEMO_NGRAM)[: DEMO_NGRAM + rng.randrange(400)]
+        before, after = (length_and_repetition(ids, c, minimum) for ids in (start, start + copy))
+        assert after <= before + 1e-9, (len(start), len(copy))
+
+
+def test_repetition_is_between_the_bound_and_zero():
+    for length in (0, 1, 7.5, 100, 4096):
+        for repeated in (0.0, 0.3, 0.999):
+            assert -10 <= repetition_exploration(length, repeated, c=1000, minimum=-10) <= 0
+    assert repetition_exploration(4096, 0.0, c=1000, minimum=-10) == 0
+    assert repetition_exploration(4000, 0.75, c=1000, minimum=-10) == pytest.approx(-1.0 + 0.25)
+
+
+def test_worked_sums_repeat_nothing_and_a_step_said_over_and_over_loses_its_length():
+    honest = [repetition_of(text) for text in demo_responses(300)]
+    assert sum(honest) / len(honest) > -0.001 and sum(p < 0 for p in honest) <= 3
+    for text in demo_responses(20):
+        chain = text.split(" . ")[0]
+        assert repetition_of(chain + chain.rsplit(" ", 1)[1] * 20) < -0.1, "the last step again and again"
+    assert repetition_of(" 4 +3=7" + " , wait , that is wrong : +3=7" * 7 + r" . \boxed{7}") < -0.25
+    assert repetition_of(" wait ," * 40) < -0.8
+
+
+def repetition_of(text: str) -> float:
+    ids = tokens(text)
+    return repetition_exploration(len(ids), repeated_share(ids, DEMO_NGRAM), c=10, minimum=-1.0)
+
+
+DATA = Path(os.environ.get("RLSP_FAST_DATA", "no such folder"))
+
+
+@pytest.mark.skipif(not (DATA / "math500_test.jsonl").exists(), reason="RLSP_FAST_DATA names no folder with MATH-500")
+def test_solutions_that_people_wrote_hardly_repeat_and_a_copied_one_does():
+    texts = [json.loads(line)["solution"] for line in (DATA / "math500_test.jsonl").read_text().splitlines()]
+    shares = [repeated_share(tokens(text), REPETITION_NGRAM) for text in texts]
+    assert sum(shares) / len(shares) < 0.015 and sum(share > 0.1 for share in shares) / len(shares) < 0.05
+    long = [text for text in texts if len(tokens(text)) > REPETITION_NGRAM]
+    assert min(repeated_share(tokens(text + text), REPETITION_NGRAM) for text in long) > 0.49
+
+
+def test_a_response_at_the_length_limit_is_measured_in_a_moment():
+    rng = random.Random(0)
+    ids = [rng.randrange(100_000) for _ in range(32_768)]
+    start = time.perf_counter()
+    assert repeated_share(ids, REPETITION_NGRAM) == 0
+    assert time.perf_counter() - start < 2.0
+
+
 # The mix
+
+
+@pytest.mark.parametrize(
+    "text", ["none", "length", "length_code", "repetition", "length+repetition:12", "repetition+length_code"]
+)
+def test_exploration_takes_none_or_parts(text):
+    assert set(RewardConfig(exploration=text).exploration_parts) == set(re.findall(r"[a-z_]+", text)) - {"none"}
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("lenght", "did you mean length?"),
+        ("length+none", "want none, or parts"),
+        ("length+", "want none, or parts"),
+        ("length+length", "each part once"),
+        ("length+length_code", "one of length and length_code"),
+        ("length:12", "only repetition takes a number"),
+        ("length+repetition:0", "only repetition takes a number"),
+        ("length+repetition:many", "only repetition takes a number"),
+    ],
+)
+def test_exploration_refuses_what_is_no_part(text, part):
+    with pytest.raises(ValidationError, match=f"reward.exploration = '{re.escape(text)}'.*{re.escape(part)}"):
+        RewardConfig(exploration=text)
+
+
+def test_exploration_is_chosen_on_the_command_line():
+    assert load("demo", ["reward.exploration=none"]).reward.exploration_parts == ()
+    reward = load("demo", ["reward.exploration=length+repetition:12"]).reward
+    assert (reward.exploration_parts, reward.repetition_ngram) == (("length", "repetition"), 12)
+    assert load("demo", ["reward.exploration=length+repetition"]).reward.repetition_ngram == REPETITION_NGRAM
+
+
+@pytest.mark.parametrize(
+    "recipe, exploration, no_answer, lam",
+    [("llama-3.1-8b-math-paper", "length", 0.0, 0.95), ("llama-3.1-8b-math-code", "length_code", -0.5, 1.0)],
+)
+def test_the_two_presets_differ_where_the_papers_text_and_code_do(recipe, exploration, no_answer, lam):
+    config = load(recipe)
+    reward = config.reward
+    assert (reward.exploration, reward.no_answer, config.algorithm.lam) == (exploration, no_answer, lam)
+    assert (reward.alpha, reward.length_c) == (0.8, 1000)
+
+
+def test_repetition_enters_where_the_length_that_it_takes_back_enters():
+    looping = rollout("x" * 8000 + RIGHT, 2000)
+    looping = replace(looping, response_ids=tuple(range(500)) * 4)
+    with Scorer(RewardConfig(exploration="length+repetition", alpha=0.8)) as scorer:
+        result = scorer.score([looping])[0]
+    assert result.extra == {"length": -0.5, "repetition": pytest.approx(-2.0 + 0.5)}
+    assert result.exploration == pytest.approx(-2.0) and result.reward == pytest.approx(0.8 - 0.2 * 2.0)
+    with Scorer(RewardConfig(exploration="length_code+repetition", alpha=0.8)) as scorer:
+        result = scorer.score([looping])[0]
+    novel = reasoning_length(looping.text) / 4
+    assert result.reward == pytest.approx(1.0 - 1000 / novel)
+    with Scorer(RewardConfig(exploration="repetition", alpha=0.8)) as scorer:
+        result = scorer.score([looping])[0]
+    assert result.extra == {"repetition": pytest.approx(-1.5)} and result.reward == pytest.approx(0.8 - 0.2 * 1.5)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tiny_lm import make_tiny
 
 from rlsp_fast import config as configs
 from rlsp_fast import data, dist, model, sync
+from rlsp_fast.memory import Colocated
 from rlsp_fast.rollout import EngineError, Sampling, TransformersEngine, VLLMEngine, make_engine
 from rlsp_fast.types import Problem
 
@@ -36,7 +37,7 @@ def config(tiny):
     return configs.check(
         {
             "model": {"path": str(tiny), "dtype": "float32"},
-            "data": {"train": ["x.jsonl"], "max_prompt_length": 32, "template": "{problem}"},
+            "data": {"train": ["x.jsonl"], "max_prompt_length": 200, "template": "{problem}"},
             "rollout": {"temperature": 0.7, "max_response_length": 24, "max_num_seqs": 16},
             "train": {"steps": 1, "batch_size": 4, "mini_batch_size": 4},
         }
@@ -70,7 +71,7 @@ def policy(config, tiny, device):
 @pytest.fixture(scope="module", params=[pytest.param("vllm", marks=needs_vllm), "transformers"])
 def engine(request, config, tiny, tokenizer, device):
     kind = {"vllm": VLLMEngine, "transformers": TransformersEngine}[request.param]
-    return kind(config, str(tiny), tokenizer, device)
+    return Colocated(kind(config, str(tiny), tokenizer, device))
 
 
 def sampling(**changes):
@@ -97,9 +98,9 @@ def test_rollouts_come_in_order_with_one_logprob_a_token(engine, problems):
     for r in rollouts:
         assert 1 <= len(r.response_ids) <= 24 and len(r.response_ids) == len(r.rollout_logprob)
         assert all(p <= 0 and math.isfinite(p) for p in r.rollout_logprob)
-        ends = r.response_ids[-1] in engine.eos_ids
+        ends = r.response_ids[-1] in engine.engine.eos_ids
         assert r.finish == ("stop" if ends else "length") and (ends or len(r.response_ids) == 24)
-        assert not any(token in engine.eos_ids for token in r.response_ids[:-1])
+        assert not any(token in engine.engine.eos_ids for token in r.response_ids[:-1])
 
 
 def test_rollout_logprobs_are_the_trainers_with_temperature_in_them(engine, policy, problems, config):
@@ -179,6 +180,80 @@ def test_a_push_that_never_happened_is_caught(engine, policy, problems):
         diff = (trainer_logprobs(policy, rollouts, 0.7).exp() - theirs.exp()).abs()
     with pytest.raises(sync.StaleWeightsError, match="rollout.max_probs_diff"):
         sync.verify(diff.mean().item(), diff.max().item(), 0.005, "step 1")
+
+
+@contextmanager
+def broken(engine, **verbs):
+    """The engine with some of its verbs replaced, for a while."""
+    inner = engine.engine
+    for name, verb in verbs.items():
+        setattr(inner, name, verb(getattr(inner, name)))
+    try:
+        yield
+    finally:
+        for name in verbs:
+            delattr(inner, name)
+
+
+def test_a_push_that_changed_nothing_is_caught_before_anything_is_sampled(engine, policy):
+    sync.push(policy, engine, torch.float32)
+    engine.pushes = 0  # the next checks every tensor
+    with changed(policy, lambda p: p.mul_(1 + 1e-6)), broken(engine, load_weights=lambda load: lambda it: list(it) and None):
+        with pytest.raises(sync.StaleWeightsError, match="does not hold the weights just pushed"):
+            sync.push(policy, engine, torch.float32)
+    sync.push(policy, engine, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "which", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_one_wrong_tensor_is_caught_and_named(engine, policy, which):
+    def spoil(load):
+        return lambda it: load((n, t + 1e-6 * (n == which)) for n, t in it)
+
+    engine.pushes = 0
+    with broken(engine, load_weights=spoil), pytest.raises(sync.StaleWeightsError) as caught:
+        sync.push(policy, engine, torch.float32)
+    part = which.split(".")[-2]
+    assert part in str(caught.value) or {"k_proj": "qkv_proj", "up_proj": "gate_up_proj"}[part] in str(caught.value)
+    sync.push(policy, engine, torch.float32)
+
+
+def test_ten_pushes_check_every_tensor(engine, policy):
+    spoiled = "model.layers.1.mlp.down_proj.weight"
+    engine.pushes, caught = 1, 0
+    for _ in range(sync.CHECK_EVERY):
+        pushes = engine.pushes
+        with broken(engine, load_weights=lambda load: lambda it: load((n, t + 1e-6 * (n == spoiled)) for n, t in it)):
+            try:
+                sync.push(policy, engine, torch.float32)
+            except sync.StaleWeightsError:
+                caught += 1
+                engine.pushes = pushes + 1
+    assert caught == 2  # once in its turn, once with all of them
+    sync.push(policy, engine, torch.float32)
+
+
+@needs_vllm
+def test_a_stale_prefix_cache_is_caught_by_the_probabilities(engine, policy, problems, config, tokenizer):
+    if engine.name != "vllm":
+        pytest.skip("its cache lives for one batch")
+    sums = " + ".join(str(i % 9 + 1) for i in range(50)) + " ="
+    long = [Problem(messages=({"role": "user", "content": sums},), answer="0", source="t", index=i) for i in range(3)]
+    prompts = data.render(long, tokenizer, config.data)[0]
+    assert len(prompts[0].prompt_ids) > 128  # a block of the cache on a CPU
+
+    def difference(**verbs):
+        sync.push(policy, engine, torch.float32)
+        engine.generate(prompts, sampling(), slots=range(3))
+        with changed(policy, lambda p: p.mul_(1.2)), broken(engine, **verbs):
+            sync.push(policy, engine, torch.float32)
+            rollouts = engine.generate(prompts, sampling(), slots=range(3))
+            theirs = torch.tensor([p for r in rollouts for p in r.rollout_logprob])
+            return (trainer_logprobs(policy, rollouts, 0.7).exp() - theirs.exp()).abs().mean().item()
+
+    assert difference() < 1e-5
+    assert difference(reset_prefix_cache=lambda reset: lambda: None) > 1e-3
 
 
 def test_nan_probabilities_stop_the_run_too():
@@ -270,6 +345,17 @@ def test_two_ranks_with_fsdp_and_vllm_take_the_steps_of_one(recipe, one_rank, te
     for one, two in zip(one_rank, two_ranks, strict=True):
         assert {n: two[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-4, abs=1e-6)
         assert max(one["training/rollout_probs_diff_max"], two["training/rollout_probs_diff_max"]) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_fifty_steps_on_two_ranks_stay_in_parity(recipe, tensor_parallel):
+    rows = train(
+        recipe, 2, f"rollout.tensor_parallel_size={tensor_parallel}", "train.steps=50", "rollout.max_response_length=8"
+    )
+    assert len(rows) == 50
+    assert max(row["training/rollout_probs_diff_max"] for row in rows) < 1e-4
+    assert all("memory/floor_gib" in row and "timing_s/swap/push_weights" in row for row in rows)
 
 
 def _environment():

@@ -18,9 +18,11 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def both_ops(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, backend: str, **options):
+def both_ops(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, backend: str, most: int = V, **options
+):
     """Outputs of both linear ops, and one number whose gradient uses all of them."""
-    token_T = torch.randint(V, (T,), generator=torch.Generator().manual_seed(3))
+    token_T = torch.randint(most, (T,), generator=torch.Generator().manual_seed(3))
     temperature_T, softcap = torch.linspace(0.6, 1.7, T), 9.0
     shared = {"bias_V": bias_V, "temperature": temperature_T, "softcap": softcap, "logit_scale": 0.8, "backend": backend}
     shared |= {"logits_budget": 4 * 4 * V, **options}
@@ -62,6 +64,26 @@ def main() -> None:
         ours, total = both_ops(hidden_TD, weight, bias, backend, vocab_group=mesh.get_group())
         d_hidden, d_weight, d_bias = torch.autograd.grad(total, (hidden_TD, weight, bias))
         check("a sharded DTensor", ours, [d_hidden, d_weight.to_local(), d_bias.to_local()], expected)
+
+        # One row more on rank 0 than on rank 1, and chunks that must be the same all the same.
+        short = [x.detach()[: V - 1].clone().requires_grad_() for x in (weight_VD, bias_V)]
+        odd_truth, total = both_ops(hidden_TD, *short, backend, most=V - 1)
+        odd_grads = torch.autograd.grad(total, (hidden_TD, *short))
+        spread = [distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in short]
+        ours, total = both_ops(hidden_TD, *spread, backend, most=V - 1, vocab_group=mesh.get_group(), logits_budget=20 * V)
+        d_hidden, *d_spread = torch.autograd.grad(total, (hidden_TD, *spread))
+        part = slice(0, V // 2) if rank == 0 else slice(V // 2, V - 1)
+        expected_odd = [odd_grads[0], odd_grads[1][part], odd_grads[2][part]]
+        check("uneven shares", ours, [d_hidden, *(x.to_local() for x in d_spread)], expected_odd, truth=odd_truth)
+
+        masked_V = bias_V.detach().clone()
+        masked_V[V // 2 :] = -torch.inf
+        masked_truth, total = both_ops(hidden_TD, weight_VD, masked_V, backend, most=V // 2, softcap=None)
+        masked_grad = torch.autograd.grad(total, hidden_TD)[0]
+        ours, total = both_ops(
+            hidden_TD, share[1], masked_V[mine], backend, most=V // 2, softcap=None, vocab_group=dist.group.WORLD
+        )
+        check("a share of nothing but -inf", ours, list(torch.autograd.grad(total, [hidden_TD])), [masked_grad], masked_truth)
 
         head = nn.Linear(D, V)
         with torch.no_grad():

@@ -1,5 +1,6 @@
 // Both scans against a float64 loop, with no torch and no GPU: `check_scan cpu` and `check_scan cuda` (the kernel's source, on
 // threads). Prints the largest error of each case and exits with 1 when one is too large. Meant to run under sanitizers.
+// `check_scan unsound`, compiled with NDEBUG, gives the kernel what its assertions refuse.
 #include <cstdio>
 #include <random>
 #include <string>
@@ -155,16 +156,34 @@ bool check(const Case& c, const std::string& device, KLKind kind, int tiles_per_
   return good;
 }
 
+// Whatever cu_seqlens holds, the kernel must not read or write elsewhere, nor walk for ever: then its assertion is what is seen.
+void run_unsound() {
+  const int unsound[][4] = {{1, 100, 200, 300}, {0, 100, 200, 299}, {0, 100, 200, 301}, {0, 250, 100, 300}, {-9, 0, 0, 0},
+                            {300, 200, 100, 0}, {1 << 30, -(1 << 30), 1 << 30, 300}};
+  for (const auto& cu_seqlens : unsound) {
+    std::mt19937 random(7);
+    Arrays arrays;
+    const Problem p = make({"unsound", {100, 100, 100}, 0.8, true, 1}, arrays, kK1, random);
+    arrays.cu_seqlens.assign(cu_seqlens, cu_seqlens + 4);
+    on_cuda<2>(p, 1);
+  }
+  std::printf("ok   cuda, cu_seqlens that are not: nothing read or written elsewhere\n");
+}
+
 } // namespace
 } // namespace rlsp
 
 int main(int argc, char** argv) {
   const std::string device = argc == 2 ? argv[1] : "";
-  if (device != "cpu" && device != "cuda") {
-    std::fprintf(stderr, "usage: check_scan cpu|cuda\n");
+  if (device != "cpu" && device != "cuda" && device != "unsound") {
+    std::fprintf(stderr, "usage: check_scan cpu|cuda|unsound\n");
     return 2;
   }
   using namespace rlsp;
+  if (device == "unsound") {
+    run_unsound();
+    return 0;
+  }
   const Case cases[] = {
       {"one token", {1}, 1, true, 1},
       {"empty and short sequences", {0, 3, 0, 0, 1, 5, 2, 0}, 0.7, true, 0.9},

@@ -51,27 +51,49 @@ def tile_shape(V: int, dtype: torch.dtype, most_rows: int, most_threads: int) ->
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, stride, size, num_blocks, BLOCK: tl.constexpr):
+def _scale_kernel(out_ptr, x_ptr, factor_ptr, out_stride, stride, size, num_blocks, INPLACE: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
-    if factor != 1:
+    if (factor != 1) | (not INPLACE):
         row = (tl.program_id(0) // num_blocks).to(tl.int64)
         i = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * stride + i, mask=i < size).to(tl.float32)
-        tl.store(x_ptr + row * stride + i, (x * factor).to(x_ptr.dtype.element_ty), mask=i < size)
+        tl.store(out_ptr + row * out_stride + i, (x * factor).to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+def _scale(out: Tensor, x: Tensor, factor: Tensor) -> None:
+    rows, size = x.shape
+    num_blocks = triton.cdiv(size, 8192)
+    _scale_kernel[(rows * num_blocks,)](
+        out, x, factor, out.stride(0), x.stride(0), size, num_blocks, INPLACE=out is x, BLOCK=8192, num_warps=8, **LAUNCH
+    )
 
 
 @torch.library.custom_op("rlsp_kernels::scale_", mutates_args=("x",))
 def scale_(x: Tensor, factor: Tensor, backend: str) -> None:
     """x *= factor for (N, M) x and 0-d factor; nothing is read or written where it is 1, as a loss's gradient mostly is."""
-    if not runs_triton(backend, x):
-        if factor != 1:
-            x.mul_(factor)
-        return
-    rows, size = x.shape
-    num_blocks = triton.cdiv(size, 8192)
-    _scale_kernel[(rows * num_blocks,)](x, factor, x.stride(0), size, num_blocks, BLOCK=8192, num_warps=8, **LAUNCH)
+    if runs_triton(backend, x):
+        _scale(x, x, factor)
+    elif x.is_cuda or factor != 1:  # looking would wait for a GPU
+        x.mul_(factor)
 
 
 @scale_.register_fake
 def _(x, factor, backend):
     return None
+
+
+@torch.library.custom_op("rlsp_kernels::scaled", mutates_args=())
+def scaled(x: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """x * factor for (N, M) x and 0-d factor, multiplied in float32: torch rounds the factor to bf16 first."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if runs_triton(backend, x):
+        _scale(out, x, factor)
+    else:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out.copy_(x.to(wide) * factor.to(wide))
+    return out
+
+
+@scaled.register_fake
+def _(x, factor, backend):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -16,7 +16,7 @@ from rlsp_kernels.backend import LAUNCH, Backend, runs_triton
 KLKind = Literal["k1", "k2", "k3"]
 KL_KINDS: tuple[KLKind, ...] = ("k1", "k2", "k3")
 
-LOG_RATIO_BOUND = 20.0  # exp(20) = 4.9e8; past it k3 overflows to inf and 0 * inf gives NaN gradients
+LOG_RATIO_BOUND = 20.0  # exp(20) = 4.9e8 already drowns every other token; past 88 it is inf, and 0 * inf a NaN gradient
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ def _kl_block(out_ptr, dkl_ptr, logprob_ptr, ref_logprob_ptr, t, inside, KIND: t
     ref_logprob = tl.load(ref_logprob_ptr + t, mask=inside, other=0.0).to(tl.float32)
     out, slope = kl_and_slope(logprob, ref_logprob, KIND)
     if dkl_ptr is not None:
-        out = slope * tl.load(dkl_ptr + t, mask=inside, other=0.0).to(tl.float32)
+        out = tl.where(slope == 0, 0.0, slope * tl.load(dkl_ptr + t, mask=inside, other=0.0).to(tl.float32))
     tl.store(out_ptr + t, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from rlsp_kernels.backend import Backend, runs_triton
+from rlsp_kernels.backend import Backend, runs_triton, scaled
 from rlsp_kernels.kl import KLKind
 from rlsp_kernels.logprob_entropy import (
     LN2,
@@ -29,6 +29,7 @@ from rlsp_kernels.ppo_loss import (
     Clip,
     PerToken,
     PPOMetrics,
+    check_clip,
     check_loss,
     empty_columns,
     policy_terms_torch,
@@ -52,6 +53,8 @@ class _Head:
         rows_N: Tensor | None,
         logits_dtype: torch.dtype | None,
         logits_budget: int,
+        share: int,
+        need_grad: bool = True,
     ):
         self.num_tokens, self.rows_N = len(hidden_TD), rows_N
         self.hidden_ND = hidden_TD if rows_N is None else hidden_TD.index_select(0, rows_N)
@@ -64,12 +67,14 @@ class _Head:
         self.hidden_ND, self.weight_VD = self.hidden_ND.to(operand), self.weight_VD.to(operand)
         V = len(weight_VD)
         # The gradient of float32 logits goes to a buffer of its own in the operands' dtype: matrix products want it there.
-        size = V * (self.dtype.itemsize + (hidden_TD.dtype.itemsize if self.out_dtype else 0))
+        apart = need_grad and self.out_dtype is not None
+        # By the largest share of the vocabulary, not one's own: every rank must take the same chunks.
+        size = max(V, share) * (self.dtype.itemsize + (hidden_TD.dtype.itemsize if apart else 0))
         most = max(1, logits_budget // size)
         self.chunk = most if most < 128 else most // 128 * 128
         rows = min(self.chunk, len(self.hidden_ND))
         self.logits_CV = torch.empty(rows, V, dtype=self.dtype, device=hidden_TD.device)
-        self.dlogits_CV = torch.empty(rows, V, dtype=hidden_TD.dtype, device=hidden_TD.device) if self.out_dtype else None
+        self.dlogits_CV = torch.empty(rows, V, dtype=hidden_TD.dtype, device=hidden_TD.device) if apart else None
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows start:stop of N and their logits, in a buffer that the next chunk overwrites."""
@@ -98,16 +103,25 @@ class _Head:
 
 
 class _Gradients:
-    """d_hidden, d_weight and d_bias, added up over chunks in float32 (float64 for float64)."""
+    """d_hidden, and d_weight and d_bias added up over chunks in float32 (float64 for float64)."""
 
-    def __init__(self, head: _Head, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, hidden: bool, weight: bool):
+    def __init__(
+        self,
+        head: _Head,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ):
         self.head, self.dtype = head, hidden_TD.dtype
         wide = torch.float64 if torch.float64 in (head.dtype, hidden_TD.dtype) else torch.float32
-        self.hidden_ND = torch.empty_like(head.hidden_ND) if hidden else None
-        self.weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device) if weight else None
+        self.hidden_ND = torch.empty_like(head.hidden_ND) if need_hidden else None
+        self.weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device) if need_weight else None
         self.weight_dtype = weight_VD.dtype
-        self.bias_V = None if bias_V is None else torch.zeros(bias_V.shape, dtype=wide, device=bias_V.device)
-        self.bias_dtype = None if bias_V is None else bias_V.dtype
+        self.bias_V = torch.zeros(bias_V.shape, dtype=wide, device=bias_V.device) if need_bias else None
+        self.bias_dtype = bias_V.dtype if need_bias else torch.float32
 
     def add(self, part: slice, dlogits_CV: Tensor) -> None:
         """Those of one chunk."""
@@ -126,15 +140,18 @@ class _Gradients:
     def finish(self, group: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """d_hidden (T, D), d_weight (V, D), d_bias (V,), in the dtypes of what they belong to; empty where not wanted."""
         head = self.head
-        head.logits_CV = head.dlogits_CV = None  # before d_weight is rounded: the two never stand side by side
+        head.logits_CV = head.dlogits_CV = None  # before d_weight is rounded; the caller holds no view of them either
         if self.hidden_ND is not None and group is not None:
             dist.all_reduce(self.hidden_ND, group=_resolve_process_group(group))  # each rank knows its share of V
-        nothing = torch.empty(0, device=head.hidden_ND.device)
-        return (
-            nothing.to(self.dtype) if self.hidden_ND is None else head.over_tokens(self.hidden_ND.to(self.dtype)),
-            nothing.to(self.weight_dtype) if self.weight_VD is None else self.weight_VD.to(self.weight_dtype),
-            nothing.clone() if self.bias_V is None else self.bias_V.to(self.bias_dtype),
-        )
+        device = head.hidden_ND.device
+        if self.hidden_ND is None:
+            d_hidden_TD = torch.empty(0, dtype=self.dtype, device=device)
+        else:
+            d_hidden_TD = head.over_tokens(self.hidden_ND.to(self.dtype))
+        nothing = torch.empty(0, dtype=self.weight_dtype, device=device)
+        d_weight_VD = nothing if self.weight_VD is None else self.weight_VD.to(self.weight_dtype)
+        nothing = torch.empty(0, dtype=self.bias_dtype, device=device)
+        return d_hidden_TD, d_weight_VD, nothing if self.bias_V is None else self.bias_V.to(self.bias_dtype)
 
 
 def _auto_rows(rows_N: Tensor | None, idle_T: Tensor) -> Tensor | None:
@@ -187,12 +204,13 @@ def _linear_logprob_entropy_op(
     logits_dtype: torch.dtype | None,
     logits_budget: int,
     first_token: int,
+    share: int,
     group: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprob_T, entropy_T, and (2, T) stats that backward needs."""
     triton_ = runs_triton(backend, hidden_TD) and logits_dtype != torch.float64
-    head = _Head(hidden_TD, weight_VD, bias_V, rows_N, logits_dtype, logits_budget)
+    head = _Head(hidden_TD, weight_VD, bias_V, rows_N, logits_dtype, logits_budget, share, need_grad=False)
     token_N = token_T if rows_N is None else token_T[rows_N]
     temperature_N = temperature_T if temperature_T is None or rows_N is None else temperature_T[rows_N]
     dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
@@ -209,7 +227,7 @@ def _linear_logprob_entropy_op(
 
 @_linear_logprob_entropy_op.register_fake
 def _(hidden_TD, weight_VD, bias_V, token_T, temperature_T, rows_N, temperature, softcap, scale, need, logits_dtype, *_):
-    dtype = torch.float64 if torch.float64 in (hidden_TD.dtype, logits_dtype) else torch.float32
+    dtype = _sum_dtype(hidden_TD, logits_dtype)
     T = hidden_TD.shape[0]
     return *(hidden_TD.new_empty(T, dtype=dtype) for _ in range(2)), hidden_TD.new_empty(2, T, dtype=dtype)
 
@@ -232,17 +250,19 @@ def _linear_logprob_entropy_grad_op(
     logits_dtype: torch.dtype | None,
     logits_budget: int,
     first_token: int,
+    share: int,
     group: str | None,
     backend: str,
     need_hidden: bool,
     need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias; empty where not needed."""
     triton_ = runs_triton(backend, hidden_TD) and logits_dtype != torch.float64
     idle_T = dlogprob_T == 0 if dentropy_T is None else (dlogprob_T == 0) & (dentropy_T == 0)
     rows_N = _auto_rows(rows_N, idle_T)
-    head = _Head(hidden_TD, weight_VD, bias_V, rows_N, logits_dtype, logits_budget)
-    gradients = _Gradients(head, hidden_TD, weight_VD, bias_V, need_hidden, need_weight)
+    head = _Head(hidden_TD, weight_VD, bias_V, rows_N, logits_dtype, logits_budget, share)
+    gradients = _Gradients(head, hidden_TD, weight_VD, bias_V, need_hidden, need_weight, need_bias)
     columns = (dlogprob_T, dentropy_T, token_T, entropy_T, temperature_T)
     if rows_N is not None:
         columns = tuple(None if x is None else x[rows_N] for x in columns)
@@ -255,19 +275,25 @@ def _linear_logprob_entropy_grad_op(
             temperature if temperature_C is None else temperature_C, softcap, logit_scale, triton_, first_token,
         )  # fmt: skip
         gradients.add(part, dlogits_CV)
+        del logits_CV, dlogits_CV
     return gradients.finish(group)
 
 
 @_linear_logprob_entropy_grad_op.register_fake
 def _(dlogprob_T, dentropy_T, entropy_T, stats_2T, hidden_TD, weight_VD, bias_V, *args):
-    return _fake_gradients(hidden_TD, weight_VD, bias_V, *args[-2:])
+    return _fake_gradients(hidden_TD, weight_VD, bias_V, *args[-3:])
 
 
-def _fake_gradients(hidden_TD, weight_VD, bias_V, need_hidden, need_weight):
+def _sum_dtype(hidden_TD: Tensor, logits_dtype: torch.dtype | None) -> torch.dtype:
+    """What log-probabilities and losses come in."""
+    return torch.float64 if (logits_dtype or hidden_TD.dtype) == torch.float64 else torch.float32
+
+
+def _fake_gradients(hidden_TD, weight_VD, bias_V, need_hidden, need_weight, need_bias):
     return (
         torch.empty_like(hidden_TD, memory_format=torch.contiguous_format) if need_hidden else hidden_TD.new_empty(0),
         torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else weight_VD.new_empty(0),
-        hidden_TD.new_empty(0, dtype=torch.float32) if bias_V is None else torch.empty_like(bias_V),
+        torch.empty_like(bias_V) if need_bias else hidden_TD.new_empty(0, dtype=torch.float32),
     )
 
 
@@ -287,13 +313,13 @@ def _backward_logprob(ctx, dlogprob_T, dentropy_T, _):
     d_hidden_TD, d_weight_VD, d_bias_V = _linear_logprob_entropy_grad_op(
         torch.zeros_like(entropy_T) if dlogprob_T is None else dlogprob_T.contiguous(),
         dentropy_T.contiguous() if dentropy_T is not None and need_entropy else None,
-        *ctx.saved_tensors, temperature, softcap, logit_scale, *rest, need_hidden, need_weight,
+        *ctx.saved_tensors, temperature, softcap, logit_scale, *rest, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return (
         d_hidden_TD if need_hidden else None,
         d_weight_VD if need_weight else None,
         d_bias_V if need_bias else None,
-        *[None] * 12,
+        *[None] * 13,
     )
 
 
@@ -326,10 +352,12 @@ def _linear_ppo_loss_op(
     logits_dtype: torch.dtype | None,
     logits_budget: int,
     first_token: int,
+    share: int,
     group: str | None,
     backend: str,
     need_hidden: bool,
     need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, d_hidden, d_weight, d_bias; the gradients are empty where not needed."""
     triton_ = runs_triton(backend, hidden_TD) and logits_dtype != torch.float64
@@ -339,10 +367,9 @@ def _linear_ppo_loss_op(
     if not entropy_coef and (ref_logprob_T is None or not kl_coef):
         idle_T = idle_T | (advantage_T == 0)
     rows_N = _auto_rows(rows_N, idle_T)
-    head = _Head(hidden_TD, weight_VD, bias_V, rows_N, logits_dtype, logits_budget)
-    gradients = None
-    if need_hidden or need_weight:
-        gradients = _Gradients(head, hidden_TD, weight_VD, bias_V, need_hidden, need_weight)
+    needs = (need_hidden, need_weight, need_bias)
+    head = _Head(hidden_TD, weight_VD, bias_V, rows_N, logits_dtype, logits_budget, share, need_grad=any(needs))
+    gradients = _Gradients(head, hidden_TD, weight_VD, bias_V, *needs) if any(needs) else None
     if rows_N is not None:
         tokens = tokens.rows(rows_N)
     columns_CN = empty_columns(len(head.hidden_ND), head.logits_CV)
@@ -368,31 +395,37 @@ def _linear_ppo_loss_op(
                 )  # fmt: skip
         if gradients is not None:
             gradients.add(part, dlogits_CV)
+        del logits_CV, dlogits_CV
     loss, metrics = reduce(columns_CN, triton_)
     if gradients is None:
-        return loss, metrics, hidden_TD.new_empty(0), weight_VD.new_empty(0), loss.new_empty(0)
+        return loss, metrics, hidden_TD.new_empty(0), weight_VD.new_empty(0), hidden_TD.new_empty(0, dtype=torch.float32)
     return loss, metrics, *gradients.finish(group)
 
 
 @_linear_ppo_loss_op.register_fake
 def _(hidden_TD, weight_VD, bias_V, *args):
-    logits_dtype, (need_hidden, need_weight) = args[-7], args[-2:]
-    dtype = torch.float64 if torch.float64 in (hidden_TD.dtype, logits_dtype) else torch.float32
-    loss, metrics = hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(len(PPOMetrics._fields), dtype=torch.float64)
-    if not (need_hidden or need_weight):
-        bias_V = None
-    return loss, metrics, *_fake_gradients(hidden_TD, weight_VD, bias_V, need_hidden, need_weight)
+    logits_dtype, needs = args[-9], args[-3:]
+    loss = hidden_TD.new_empty((), dtype=_sum_dtype(hidden_TD, logits_dtype))
+    metrics = hidden_TD.new_empty(len(PPOMetrics._fields), dtype=torch.float64)
+    return loss, metrics, *_fake_gradients(hidden_TD, weight_VD, bias_V, *needs)
 
 
 def _setup_ppo(ctx, inputs, output):
+    ctx.backend = inputs[-4]
     _, metrics, *gradients = output
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(metrics, *gradients)
 
 
 def _backward_ppo(ctx, dloss, *_):
-    needed = zip(ctx.needs_input_grad[:3], ctx.saved_tensors, strict=True)
-    return *(gradient * dloss if wanted else None for wanted, gradient in needed), *[None] * 25
+    gradients = []
+    for wanted, gradient in zip(ctx.needs_input_grad[:3], ctx.saved_tensors, strict=True):
+        if wanted and gradient.ndim == 1:
+            gradient = scaled(gradient[None], dloss, ctx.backend)[0]
+        elif wanted:
+            gradient = scaled(gradient, dloss, ctx.backend)
+        gradients.append(gradient if wanted else None)
+    return *gradients, *[None] * 27
 
 
 _linear_ppo_loss_op.register_autograd(_backward_ppo, setup_context=_setup_ppo)
@@ -438,14 +471,15 @@ def linear_logprob_entropy(
         ValueError: on wrong shapes, dtypes, devices or temperature.
         RuntimeError: when the backend asked for cannot run.
     Cost: one matrix product forward; one more to recompute in backward, and one for each of d_hidden and d_weight. Memory:
-        logits_budget, and in backward d_weight in float32. No host sync. On a CPU backward leaves out rows without a gradient.
+        logits_budget or (after it) d_weight in its own dtype, besides d_weight in float32 and d_hidden. No host sync. On a CPU
+        backward leaves out rows without a gradient.
     Accuracy: that of the matrix product's dtype; d_weight is added up in float32 over chunks.
     """
-    weight_VD, bias_V, first_token, group = _share(weight_VD, bias_V, vocab_group)
+    weight_VD, bias_V, first_token, share, group = _share(weight_VD, bias_V, vocab_group)
     _check_linear(hidden_TD, weight_VD, bias_V, token_T, temperature, softcap, logit_scale, logits_dtype, rows_N, logits_budget)
     per_token = isinstance(temperature, Tensor)
     logprob_T, entropy_T, _ = _linear_logprob_entropy_op(
-        hidden_TD,
+        hidden_TD.contiguous(),
         weight_VD,
         bias_V,
         token_T.contiguous(),
@@ -458,6 +492,7 @@ def linear_logprob_entropy(
         logits_dtype,
         logits_budget,
         first_token,
+        share,
         group,
         backend,
     )
@@ -508,18 +543,20 @@ def linear_ppo_loss(
         ValueError: on wrong shapes, dtypes, devices or coefficients.
         RuntimeError: when the backend asked for cannot run.
     Cost: three matrix products of N rows (one without gradient), and the logits written, read, written and read twice
-        between them. Memory: logits_budget, d_weight in float32, d_hidden. No host sync.
+        between them. Memory: logits_budget or (after it) d_weight in its own dtype, besides d_weight in float32 and d_hidden;
+        in backward the two gradients once more. With logits_dtype and weights in another dtype a copy of them. No host sync.
     Accuracy: as linear_logprob_entropy; the same bits every run.
     """
-    weight_VD, bias_V, first_token, group = _share(weight_VD, bias_V, vocab_group)
+    weight_VD, bias_V, first_token, share, group = _share(weight_VD, bias_V, vocab_group)
     _check_linear(hidden_TD, weight_VD, bias_V, token_T, temperature, softcap, logit_scale, logits_dtype, rows_N, logits_budget)
-    check_loss(token_T, old_logprob_T, advantage_T, weight_T, importance_weight_T, ref_logprob_T, dual_clip, kl_kind)
+    check_loss(token_T, old_logprob_T, advantage_T, weight_T, importance_weight_T, ref_logprob_T)
+    check_clip(clip_ratio_low, clip_ratio_high, dual_clip, kl_coef, kl_kind, ref_logprob_T)
     per_token = isinstance(temperature, Tensor)
     columns = (old_logprob_T, advantage_T, weight_T, importance_weight_T, ref_logprob_T, temperature if per_token else None)
-    dtype = torch.float64 if torch.float64 in (hidden_TD.dtype, logits_dtype) else torch.float32
+    dtype = _sum_dtype(hidden_TD, logits_dtype)
     grads = torch.is_grad_enabled()
     loss, metrics, *_ = _linear_ppo_loss_op(
-        hidden_TD,
+        hidden_TD.contiguous(),
         weight_VD,
         bias_V,
         token_T.contiguous(),
@@ -538,10 +575,12 @@ def linear_ppo_loss(
         logits_dtype,
         logits_budget,
         first_token,
+        share,
         group,
         backend,
         grads and hidden_TD.requires_grad,
-        grads and (weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)),
+        grads and weight_VD.requires_grad,
+        grads and bias_V is not None and bias_V.requires_grad,
     )
     return loss, PPOMetrics(*metrics.unbind())
 
@@ -566,15 +605,17 @@ def active_rows(
 
 def _share(
     weight_VD: Tensor, bias_V: Tensor | None, vocab_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor | None, int, str | None]:
-    """Weight and bias as plain tensors, the first token of this rank's share of the vocabulary, and the group's name."""
-    first_token = 0
+) -> tuple[Tensor, Tensor | None, int, int, str | None]:
+    """Weight and bias as plain tensors, this rank's first token of the vocabulary, the largest share, the group's name."""
+    first_token, share, name = 0, 0, None
     if vocab_group is not None:
         size, world = weight_VD.shape[0], dist.get_world_size(vocab_group)
-        each = -(-size // world) if hasattr(weight_VD, "full_tensor") else size
-        first_token = dist.get_rank(vocab_group) * each
+        share = -(-size // world) if hasattr(weight_VD, "full_tensor") else size
+        first_token, name = dist.get_rank(vocab_group) * share, vocab_group.group_name
     weight_VD, bias_V = (None if x is None else _plain(x, vocab_group is None) for x in (weight_VD, bias_V))
-    return weight_VD, bias_V, first_token, None if vocab_group is None else vocab_group.group_name
+    if vocab_group is not None and len(weight_VD) == 0:
+        raise ValueError(f"rank {dist.get_rank(vocab_group)} of vocab_group has no row of the vocabulary: use fewer ranks")
+    return weight_VD, bias_V, first_token, share, name
 
 
 def _plain(x: Tensor, gather: bool) -> Tensor:
@@ -608,6 +649,12 @@ def _check_linear(
         raise ValueError(f"want token (T,) int64, got {tuple(token_T.shape)} {token_T.dtype}")
     if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
         raise ValueError(f"want bias_V (V,) = {tuple(weight_VD.shape[:1])}, got {tuple(bias_V.shape)}")
+    if not hidden_TD.is_floating_point() or weight_VD.shape[0] == 0:
+        raise ValueError(
+            f"want floating-point hidden_TD and at least one token, got {hidden_TD.dtype}, {tuple(weight_VD.shape)}"
+        )
+    if logits_dtype is not None and not logits_dtype.is_floating_point:
+        raise ValueError(f"logits_dtype must be floating point, got {logits_dtype}")
     if hidden_TD.dtype != weight_VD.dtype and logits_dtype is None:
         raise ValueError(f"hidden_TD is {hidden_TD.dtype} and weight_VD {weight_VD.dtype}: convert one to the other's")
     if not logit_scale > 0:

@@ -113,10 +113,11 @@ def merge_ranks(
     mine_4T = torch.stack([logprob_T, entropy_T, *stats_2T])
     world = dist.get_world_size(group)
     parts = mine_4T.new_empty(world * len(mine_4T), mine_4T.shape[1])
-    dist.all_gather_into_tensor(parts, mine_4T, group=group)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+    gather(parts, mine_4T, group=group)
     logprob_RT, entropy_RT, top_RT, d_RT = parts.view(world, *mine_4T.shape).unbind(1)
     top_T = top_RT.amax(0)
-    d_RT = d_RT * ((top_RT - top_T) * base).exp()  # 0 on a rank with nothing but -inf
+    d_RT = torch.where(top_RT == -float("inf"), 0.0, d_RT * ((top_RT - top_T) * base).exp())  # nothing but -inf: no share
     d_T = d_RT.sum(0)
     share_RT = d_RT / d_T
     absent_RT = share_RT == 0  # its own log-probability and entropy are NaN
@@ -134,7 +135,8 @@ def merge_ranks(
 #
 # What is summed is 2**y with y = x * c - top, one fused multiply-add: c = scale / temperature / log(2), top the rounded
 # maximum of x * c. Every thread keeps a top of its own while it reads, so that no warp waits for another before the row ends.
-# Instructions, not bytes, bound a softmax over bf16 on Hopper: a block-wide maximum each step took 14 an element, this 8.
+# Instructions, not bytes, bound a softmax over bf16 on Hopper: a block-wide maximum each step took 14 an element, this
+# 9 (bench/LOG.md).
 
 
 @triton.jit
@@ -227,6 +229,15 @@ def fold_row(
     start, body, lead, size = row_layout(t, stride_t, V, ALIGNED)
     TILE: tl.constexpr = ROWS * THREADS * VECTOR
     row_ptr = logits_ptr + body
+    if not ALIGNED:  # read before the last barrier of this function: after it other warps may write over the row
+        v, inside = fringe_of(lead, size, V)
+        fringe = tl.load(logits_ptr + start + v, mask=inside, other=-float("inf"))
+        zeros = tl.zeros((2 * ALIGN,), tl.float32)
+        f_top, f_d, f_s = fold(
+            zeros + LOWEST, zeros, zeros, fringe[None, :, None], inside[None, :, None], c, logit_scale, softcap,
+            HAS_SOFTCAP, NEED_ENTROPY,
+        )  # fmt: skip
+        f_top, f_d, f_s = fold_threads(f_top, f_d, f_s)
     p = tile_of(ROWS, THREADS, VECTOR)
     x = tl.load(row_ptr + p, mask=p < size, other=-float("inf"), eviction_policy=EVICT)
     top = tl.full((THREADS,), LOWEST, tl.float32)
@@ -241,14 +252,6 @@ def fold_row(
     top, d, s = fold(top, d, s, x, last + p < size, c, logit_scale, softcap, HAS_SOFTCAP, NEED_ENTROPY)
     row_top, row_d, row_s = fold_threads(top, d, s)
     if not ALIGNED:
-        v, inside = fringe_of(lead, size, V)
-        fringe = tl.load(logits_ptr + start + v, mask=inside, other=-float("inf"))
-        zeros = tl.zeros((2 * ALIGN,), tl.float32)
-        f_top, f_d, f_s = fold(
-            zeros + LOWEST, zeros, zeros, fringe[None, :, None], inside[None, :, None], c, logit_scale, softcap,
-            HAS_SOFTCAP, NEED_ENTROPY,
-        )  # fmt: skip
-        f_top, f_d, f_s = fold_threads(f_top, f_d, f_s)
         highest = tl.maximum(row_top, f_top)
         shift, f_shift = row_top - highest, f_top - highest
         alpha, f_alpha = tl.exp2(shift), tl.exp2(f_shift)
@@ -260,16 +263,16 @@ def fold_row(
 
 @triton.jit
 def load_token(logits_ptr, t, stride_t, V, token):
-    """The logit of a token; -inf for one outside [0, V)."""
+    """The logit of a token, and whether it stands in [0, V); -inf where not."""
     here = (token >= 0) & (token < V)
-    return tl.load(logits_ptr + t.to(tl.int64) * stride_t + token, mask=here, other=-float("inf")).to(tl.float32)
+    return tl.load(logits_ptr + t.to(tl.int64) * stride_t + token, mask=here, other=-float("inf")).to(tl.float32), here
 
 
 @triton.jit
-def token_logprob(x, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def token_logprob(x, here, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """log(2) * (x * c - top) - log d, its roundings carried along: a rare token's -20 keeps half an ulp, which is 1e-6."""
     if HAS_SOFTCAP:
-        x = tl.where(x == -float("inf"), x, soft_cap(x, logit_scale, softcap)[0])
+        x = soft_cap(x, logit_scale, softcap)[0]
     xc = x * c
     low = tl.fma(x, c, -xc)
     y = xc - top
@@ -281,7 +284,7 @@ def token_logprob(x, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP: tl
     r = q - log_d
     back = r - q
     low += (q - (r - back)) - (log_d + back)
-    return tl.where(x == -float("inf"), x, r + low)
+    return tl.where(here & (xc >= LOWEST), r + low, tl.where(xc == xc, -float("inf"), xc))  # a NaN stays one
 
 
 @triton.jit
@@ -319,7 +322,11 @@ def grad_block(
 # --- kernels ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["stats_stride"])  # it changes with T
+# Strides of (T,) buffers change with T, and slices of a packed batch begin anywhere: neither may compile anew.
+@triton.jit(
+    do_not_specialize=["stats_stride"],
+    do_not_specialize_on_alignment=["logprob_ptr", "entropy_ptr", "stats_ptr", "token_ptr", "temperature_ptr"],
+)
 def _logprob_entropy_kernel(
     logprob_ptr,  # (T,) f32, written
     entropy_ptr,  # (T,) f32, written
@@ -342,14 +349,14 @@ def _logprob_entropy_kernel(
     VECTOR: tl.constexpr,
 ):
     t = tl.program_id(0)
-    x = load_token(logits_ptr, t, logits_stride_t, V, tl.load(token_ptr + t) - first_token)
+    x, here = load_token(logits_ptr, t, logits_stride_t, V, tl.load(token_ptr + t) - first_token)
     c, c_low, _ = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
     top, d, s, _ = fold_row(
         logits_ptr, t, logits_stride_t, V, c, logit_scale, softcap,
         ALIGNED, HAS_SOFTCAP, NEED_ENTROPY, "evict_first", ROWS, THREADS, VECTOR,
     )  # fmt: skip
     log_d = tl.log(d)
-    tl.store(logprob_ptr + t, token_logprob(x, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP))
+    tl.store(logprob_ptr + t, token_logprob(x, here, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP))
     entropy = 0.0
     if NEED_ENTROPY:
         entropy = log_d - tl.div_rn(s, d) * LN2
@@ -358,7 +365,12 @@ def _logprob_entropy_kernel(
     tl.store(stats_ptr + stats_stride + t, d)
 
 
-@triton.jit(do_not_specialize=["stats_stride"])  # it changes with T
+@triton.jit(
+    do_not_specialize=["stats_stride"],
+    do_not_specialize_on_alignment=[
+        "dlogprob_ptr", "dentropy_ptr", "token_ptr", "entropy_ptr", "stats_ptr", "temperature_ptr",
+    ],
+)  # fmt: skip
 def _logprob_entropy_grad_kernel(
     dlogits_ptr,  # (T, V), written; may be logits_ptr
     dlogprob_ptr,  # (T,) f32
@@ -480,6 +492,7 @@ def logprob_entropy_grad_launch(
 ) -> None:
     """Writes dlogits_TV, which may be logits_TV itself."""
     T, V = logits_TV.shape
+    assert (dlogits_TV.stride(0) - logits_TV.stride(0)) % ROW_ALIGN == 0 or is_aligned(dlogits_TV), "rows end differently"
     per_token = isinstance(temperature, Tensor)
     block, num_warps = blocks(V, most=GRAD_BLOCK, per_warp=GRAD_PER_WARP)
     num_blocks = triton.cdiv(V, block)
@@ -648,9 +661,10 @@ def logprob_entropy(
     Raises:
         ValueError: on a wrong shape, dtype, stride or temperature.
         RuntimeError: when the backend asked for cannot run.
-    Cost: forward reads logits once and keeps 8 bytes a row; backward reads and writes once. Rows whose two upstream
+    Cost: forward reads logits once and keeps 12 bytes a row; backward reads and writes once. Rows whose two upstream
         gradients are zero are not read.
-    Accuracy: no worse than twice torch's own error in the same dtype, against float64 (tests/test_kernels.py).
+    Accuracy: no worse than twice torch's own error in the same dtype, against float64 (tests/test_kernels.py), while
+        |logits / temperature| stays below 1e8; what lies below -1e8 counts as -inf.
     Source: online softmax, Milakov & Gimelshein, arXiv:1805.02867; entropy gradient -p * (log p + H).
     """
     check_logits(logits_TV, token_T, temperature, softcap)
@@ -659,7 +673,7 @@ def logprob_entropy(
     per_token = isinstance(temperature, Tensor)
     logprob_T, entropy_T, _ = _logprob_entropy_op(
         logits_TV,
-        token_T,
+        token_T.contiguous(),
         1.0 if per_token else float(temperature),
         row_numbers(temperature) if per_token else None,
         softcap,
@@ -679,6 +693,8 @@ def check_logits(logits_TV: Tensor, token_T: Tensor, temperature: float | Tensor
     """The refusals that every op on logits shares."""
     if logits_TV.ndim != 2 or token_T.shape != logits_TV.shape[:1]:
         raise ValueError(f"want logits (T, V) and token (T,), got {tuple(logits_TV.shape)} and {tuple(token_T.shape)}")
+    if logits_TV.shape[1] == 0:
+        raise ValueError("logits_TV has no column: want a vocabulary of at least 1")
     if not logits_TV.is_floating_point():
         raise ValueError(f"logits_TV must be floating point, got {logits_TV.dtype}")
     if logits_TV.stride(1) != 1 and logits_TV.shape[1] > 1:
@@ -711,5 +727,7 @@ def check_scaling(token_T: Tensor, temperature: float | Tensor, softcap: float |
         check_device("temperature", temperature, token_T)
     elif not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+    elif temperature < 1e-6:
+        raise ValueError(f"temperature must be at least 1e-6, got {temperature}: logits over it leave float32's range")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")

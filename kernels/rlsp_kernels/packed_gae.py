@@ -160,7 +160,7 @@ def _packed_gae_without_library(
     ref_logprob_T, kl_coef, kl_kind, bootstrap_S,
 ):  # fmt: skip
     _say_once(f"packed_gae runs in plain torch, several times slower: C++ library {_LIBRARIES['cpp'].detail}")
-    _check_cu_seqlens(cu_seqlens, len(value_T))
+    _check_sequences(cu_seqlens, lam_S, len(value_T))
     result = packed_gae_torch(
         value_T, cu_seqlens, mask_T, gamma=gamma, lam=lam if lam_S is None else lam_S, critic_lam=critic_lam,
         terminal_reward_S=terminal_reward_S, reward_T=reward_T, old_logprob_T=old_logprob_T,
@@ -204,8 +204,9 @@ def packed_gae(
 
     Args:
         value_T: (T,) f32, the critic's value before each predicted token.
-        cu_seqlens: (S + 1,) i32, from 0 to T, never decreasing; empty sequences are allowed. Checked on a CPU; on a GPU
-            a violation is a device-side assertion, since looking would wait for the device.
+        cu_seqlens: (S + 1,) i32, from 0 to T, never decreasing; empty sequences are allowed. What it holds, and lam where
+            that is a tensor, is checked on a CPU; on a GPU a violation is a device-side assertion, since looking would
+            wait for the device.
         mask_T: (T,) bool, True where the predicted token belongs to the response.
         gamma: discount, in [0, 1].
         lam: GAE's lambda in [0, 1], or (S,) f32 with one for each sequence (length-adaptive lambda).
@@ -220,7 +221,7 @@ def packed_gae(
     Returns:
         PackedGAE.
     Raises:
-        ValueError: on a wrong shape, dtype, device, number or cu_seqlens.
+        ValueError: on a wrong shape, dtype, device, number, cu_seqlens or lam.
         RuntimeError: when the wanted library is not there.
     Cost: one launch, no host sync. Reads 5 bytes a token (+ 4 with reward_T, + 8 with KL), writes 12; reads again what
         a GPU cannot hold in registers (beyond about 1 M tokens).
@@ -251,20 +252,27 @@ def packed_gae(
     if kl_kind not in _KL_KINDS:
         raise ValueError(f"kl_kind must be k1, k2 or k3, got {kl_kind!r}")
     _check_backend(backend, value_T.device.type)
-    if value_T.device.type == "cpu" and not torch.compiler.is_compiling():  # compiled: the op itself checks
-        _check_cu_seqlens(cu_seqlens, T)
 
     def ready(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().contiguous()
+        if tensor is None:
+            return None
+        return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
 
     tensors = [ready(tensor) for tensor in (value_T, cu_seqlens, mask_T)]
     columns = {name: ready(column) for name, column in columns.items()}
     numbers = {"gamma": gamma, "critic_lam": critic_lam, "kl_coef": kl_coef}
+    lam_S = ready(lam) if isinstance(lam, Tensor) else None
     if backend == "torch":
-        return packed_gae_torch(*tensors, lam=lam, kl_kind=kl_kind, **numbers, **columns)
-    lams = {"lam": 0.0, "lam_S": ready(lam)} if isinstance(lam, Tensor) else {"lam": lam, "lam_S": None}
-    kind = _KL_KINDS.index(kl_kind) + 1
-    return PackedGAE(*torch.ops.rlsp_kernels.packed_gae(*tensors, kl_kind=kind, **lams, **numbers, **columns))
+        if value_T.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_sequences(cu_seqlens, lam_S, T)
+        return packed_gae_torch(*tensors, lam=lam if lam_S is None else lam_S, kl_kind=kl_kind, **numbers, **columns)
+    numbers |= {"lam": lam if lam_S is None else 0.0, "lam_S": lam_S, "kl_kind": _KL_KINDS.index(kl_kind) + 1}
+    try:
+        return PackedGAE(*torch.ops.rlsp_kernels.packed_gae(*tensors, **numbers, **columns))
+    except RuntimeError:  # the library looks at cu_seqlens and lam, ten times faster; looking again says what is wrong
+        if value_T.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_sequences(cu_seqlens, lam_S, T)
+        raise
 
 
 def whiten(advantage_T: Tensor, mask_T: Tensor, moments: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -303,7 +311,7 @@ def _check_tensor(name: str, tensor: Tensor | None, value_T: Tensor, dtype: torc
         raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, T: int) -> None:
+def _check_sequences(cu_seqlens: Tensor, lam_S: Tensor | None, T: int) -> None:
     decreases = (cu_seqlens.diff() < 0).nonzero().flatten().tolist()
     if decreases:
         i = decreases[0]
@@ -311,6 +319,8 @@ def _check_cu_seqlens(cu_seqlens: Tensor, T: int) -> None:
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if (first, last) != (0, T):
         raise ValueError(f"cu_seqlens must run from 0 to T = {T}, got {first} to {last}")
+    if lam_S is not None and not ((lam_S >= 0) & (lam_S <= 1)).all():
+        raise ValueError(f"lam must be in [0, 1], got {lam_S.min().item()} to {lam_S.max().item()}")
 
 
 def _check_backend(backend: str, device: str) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, Backend, runs_triton, scale_, tile_shape
+from rlsp_kernels.backend import LAUNCH, Backend, runs_triton, scale_, scaled, tile_shape
 from rlsp_kernels.kl import (
     KL_KINDS,
     LOG_RATIO_BOUND,
@@ -45,7 +45,8 @@ from rlsp_kernels.logprob_entropy import (
 # What one token contributes: rows of a (7, T) buffer. The kernels write them in this order.
 COLUMNS = ("loss", "pg", "log_ratio", "kl", "entropy", "ratio", "flags")
 
-# 1,024 threads of more than 32 registers: one row an SM, so that the rows in flight (34 MB of bf16 on 132 SMs) fit L2.
+# 1,024 threads of more than 32 registers (bench/cubins.py checks it for bf16): one row an SM, so that the rows in flight (34 MB
+# of bf16 logits of a 128k vocabulary on 132 SMs) fit L2.
 TILE_ROWS, MOST_THREADS = 2, 1024
 KEPT, CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 1, 2, 4, 8  # bits of flags; 0 is a token of weight zero
 
@@ -212,9 +213,9 @@ def policy_terms(
     ratio = tl.exp(clamped)
     pg = -advantage * ratio
     slope = tl.where(clamped == log_ratio, pg, 0.0)
-    high_T = 1 + clip_high
-    low_T = 1 - clip_low
-    clipped = -advantage * tl.where(ratio > high_T, high_T, tl.where(ratio < low_T, low_T, ratio))
+    above = 1 + clip_high
+    below = 1 - clip_low
+    clipped = -advantage * tl.where(ratio > above, above, tl.where(ratio < below, below, ratio))
     is_clipped = clipped > pg
     pg = tl.where(is_clipped, clipped, pg)
     slope = tl.where(is_clipped, 0.0, slope)
@@ -262,9 +263,14 @@ def _store_zeros(
         tl.store(row_ptr + v, tl.zeros((2 * ALIGN,), row_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "token_ptr", "old_logprob_ptr", "advantage_ptr", "weight_ptr", "importance_weight_ptr", "ref_logprob_ptr",
+        "temperature_ptr", "columns_ptr",
+    ]
+)  # fmt: skip
 def _ppo_loss_kernel(
-    columns_ptr,  # (7, T) f32, written: see COLUMNS
+    columns_ptr,  # (7, T) f32, written where the weight is not 0: see COLUMNS
     dlogits_ptr,  # (T, V), written; may be logits_ptr; None without gradient
     logits_ptr,  # (T, V), stride 1 along V
     token_ptr,  # (T,) i64
@@ -300,11 +306,7 @@ def _ppo_loss_kernel(
     # first look at a row asks L2 to keep it, the second goes backwards, from what was read last, and finds it there.
     t = tl.program_id(0)
     weight = tl.load(weight_ptr + t)
-    g = 0.0
-    g_entropy = 0.0
     if weight == 0:  # not read: it may hold NaN
-        for column in tl.static_range(7):
-            tl.store(columns_ptr + column * columns_stride + t, 0.0)
         if dlogits_ptr is not None:
             _, body, lead, size = row_layout(t, logits_stride_t, V, ALIGNED)
             d_start = t.to(tl.int64) * dlogits_stride_t
@@ -312,7 +314,7 @@ def _ppo_loss_kernel(
             _store_zeros(dlogits_ptr + d_start, dlogits_ptr + d_body, lead, size, V, ALIGNED, ROWS, THREADS, VECTOR)
     else:
         token = tl.load(token_ptr + t)
-        x_token = load_token(logits_ptr, t, logits_stride_t, V, token)  # before any thread writes
+        x_token, here_token = load_token(logits_ptr, t, logits_stride_t, V, token)  # before any thread writes
         c, c_low, slope = scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP)
         top, d, s, x = fold_row(
             logits_ptr, t, logits_stride_t, V, c, logit_scale, softcap,
@@ -323,7 +325,7 @@ def _ppo_loss_kernel(
         if NEED_ENTROPY:
             entropy = log_d - tl.div_rn(s, d) * LN2
         g, g_entropy = policy_terms(
-            token_logprob(x_token, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP), entropy, weight, t,
+            token_logprob(x_token, here_token, c, c_low, top, log_d, logit_scale, softcap, HAS_SOFTCAP), entropy, weight, t,
             columns_ptr, columns_stride, old_logprob_ptr, advantage_ptr, importance_weight_ptr, ref_logprob_ptr,
             clip_low, clip_high, dual_clip, kl_coef, entropy_coef, HAS_DUAL, KL_KIND,
         )  # fmt: skip
@@ -371,10 +373,11 @@ def _reduce_kernel(
     size,  # a multiple of 16: see empty_columns
     BLOCK: tl.constexpr,
 ):
-    # One program, so that the order of every sum is fixed. 28 bytes a token: 0.1 % of what its row of logits takes.
+    # One program, so that the order of every sum is fixed. 28 bytes a token: 0.01 % of what its row of logits takes.
     zeros = tl.zeros((BLOCK,), tl.float64)
     loss, pg, old_kl, kl, entropy = zeros, zeros, zeros, zeros, zeros
     kept, clip_low, clip_high, dual = zeros, zeros, zeros, zeros
+    nan = tl.zeros((BLOCK,), tl.float32)
     low = tl.full((BLOCK,), float("inf"), tl.float32)
     high = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, size, BLOCK):
@@ -391,6 +394,7 @@ def _reduce_kernel(
         clip_low += (flags // 2 & 1).to(tl.float64)
         clip_high += (flags // 4 & 1).to(tl.float64)
         dual += (flags // 8 & 1).to(tl.float64)
+        nan += tl.where((flags != 0) & (ratio != ratio), 1.0, 0.0)  # min and max drop it
         low = tl.where(flags != 0, tl.minimum(low, ratio), low)
         high = tl.where(flags != 0, tl.maximum(high, ratio), high)
     tl.store(out_ptr, tl.sum(kept))
@@ -401,8 +405,9 @@ def _reduce_kernel(
     tl.store(out_ptr + 5, tl.sum(kl))
     tl.store(out_ptr + 6, tl.sum(entropy))
     tl.store(out_ptr + 7, tl.sum(pg))
-    tl.store(out_ptr + 8, tl.min(low).to(tl.float64))
-    tl.store(out_ptr + 9, tl.max(high).to(tl.float64))
+    any_nan = tl.sum(nan) > 0
+    tl.store(out_ptr + 8, tl.where(any_nan, float("nan"), tl.min(low)).to(tl.float64))
+    tl.store(out_ptr + 9, tl.where(any_nan, float("nan"), tl.max(high)).to(tl.float64))
     tl.store(out_ptr + 10, tl.sum(loss))
 
 
@@ -445,12 +450,13 @@ def ppo_rows(
             "softcap": softcap,
             "logit_scale": logit_scale,
         }
-        logprob_T, entropy_T, stats_2T = logprob_entropy_torch(logits_TV, tokens.token_T, need_entropy=need_entropy, **scaling)
+        token_T = torch.where(tokens.weight_T != 0, tokens.token_T, 0)  # one left out may be no token at all: -100
+        logprob_T, entropy_T, stats_2T = logprob_entropy_torch(logits_TV, token_T, need_entropy=need_entropy, **scaling)
         columns, g_T, g_entropy_T = policy_terms_torch(logprob_T, entropy_T, *tokens[1:6], clip)
         columns_CT.copy_(columns)
         if dlogits_TV is not None:
             grad_TV = logprob_entropy_grad_torch(
-                g_T, g_entropy_T if clip.entropy_coef else None, logits_TV, tokens.token_T, entropy_T, stats_2T, **scaling
+                g_T, g_entropy_T if clip.entropy_coef else None, logits_TV, token_T, entropy_T, stats_2T, **scaling
             )
             dlogits_TV.copy_(grad_TV)
         return
@@ -571,13 +577,14 @@ def _fake_loss(like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx, inputs, output):
     _, metrics, dlogits_TV = output
+    ctx.backend = inputs[-1]
     ctx.save_for_backward(dlogits_TV)
     ctx.mark_non_differentiable(metrics, dlogits_TV)
 
 
 def _backward(ctx, dloss, *_):
     (dlogits_TV,) = ctx.saved_tensors
-    return (dlogits_TV * dloss).to(dlogits_TV.dtype), *[None] * 18
+    return scaled(dlogits_TV, dloss, ctx.backend), *[None] * 18
 
 
 _ppo_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -599,7 +606,7 @@ class _PPOLossInPlace(torch.autograd.Function):
         (dlogits_TV,) = ctx.saved_tensors
         dlogits_TV = dlogits_TV.detach()
         scale_(dlogits_TV, dloss, ctx.backend)
-        return dlogits_TV, *[None] * 18
+        return dlogits_TV, *[None] * 17
 
 
 # --- public -----------------------------------------------------------------------------------
@@ -652,12 +659,14 @@ def ppo_loss(
         ValueError: on wrong shapes, dtypes, devices or coefficients, and for inplace on a leaf.
         RuntimeError: when the backend asked for cannot run.
     Cost: with a gradient one read and one write of the logits in device memory (the second look at a row comes from L2),
-        without one a read. Rows of weight 0 are not read, those without a gradient once. Keeps 28 bytes a token.
+        without one a read. Rows of weight 0 are not read, those without a gradient once. The
+        second look finds a row in L2 while those of all SMs fit: bf16 up to a vocabulary of 190,000 in 50 MB.
     Accuracy: no worse than twice torch's own error in the same dtype, against float64; the same bits every run.
     Source: PPO arXiv:1707.06347; dual clip arXiv:1912.09729; separate clips (DAPO) arXiv:2503.14476.
     """
     check_logits(logits_TV, token_T, temperature, softcap)
-    check_loss(token_T, old_logprob_T, advantage_T, weight_T, importance_weight_T, ref_logprob_T, dual_clip, kl_kind)
+    check_loss(token_T, old_logprob_T, advantage_T, weight_T, importance_weight_T, ref_logprob_T)
+    check_clip(clip_ratio_low, clip_ratio_high, dual_clip, kl_coef, kl_kind, ref_logprob_T)
     need_grad = torch.is_grad_enabled() and logits_TV.requires_grad
     if inplace and need_grad:
         check_inplace("inplace", logits_TV)
@@ -691,8 +700,6 @@ def check_loss(
     weight_T: Tensor,
     importance_weight_T: Tensor | None,
     ref_logprob_T: Tensor | None,
-    dual_clip: float | None,
-    kl_kind: str,
 ) -> None:
     """The refusals that the PPO losses share."""
     per_token = {
@@ -707,6 +714,18 @@ def check_loss(
             raise ValueError(f"want {name} (T,) = {tuple(token_T.shape)}, got {tuple(tensor.shape)}")
         if tensor is not None:
             check_device(name, tensor, token_T)
+
+
+def check_clip(
+    low: float, high: float, dual_clip: float | None, kl_coef: float, kl_kind: str, ref_logprob_T: Tensor | None
+) -> None:
+    """The loss's numbers are usable."""
+    if not 0 <= low <= 1:
+        raise ValueError(f"clip_ratio_low must be in [0, 1], got {low}")
+    if not high >= 0:
+        raise ValueError(f"clip_ratio_high must be >= 0, got {high}")
+    if kl_coef != 0 and ref_logprob_T is None:
+        raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be > 1 or None, got {dual_clip}")
     if kl_kind not in KL_KINDS:

@@ -1,0 +1,345 @@
+"""Taking turns on a device: the order of a step, its ledger, trainer states on the host, and what a wrong order does."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from poison import Device, Mistake, OutOfMemory, PoisonEngine
+from tiny_lm import make_tiny
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlsp_fast import config as configs
+from rlsp_fast import data, dist, memory, model, sync, train
+from rlsp_fast.log import read_rows
+from rlsp_fast.memory import Colocated, Entry, Ledger, MemoryGrowthError, Offload, OrderError
+from rlsp_fast.rollout import Sampling
+from rlsp_fast.types import Problem
+
+ROOT = Path(__file__).parent.parent
+KV, ACTIVATIONS = 400_000, 500_000
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory):
+    problems = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    problems.write_text('{"problem": "1 + 2 =", "answer": "3"}\n' * 8)
+    return configs.check(
+        {
+            "model": {"path": str(tiny), "dtype": "float32"},
+            "data": {"train": [str(problems)], "max_prompt_length": 32, "template": "{problem}"},
+            "rollout": {"temperature": 0.7, "max_response_length": 8, "max_num_seqs": 16, "n": 2},
+            "train": {"steps": 3, "batch_size": 4, "mini_batch_size": 2, "critic_warmup_steps": 0},
+            "output": {"save_every": 0, "loggers": []},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(config, tiny, device):
+    return model.build(model.Policy, config.model, str(tiny), device, dist.mesh(device))
+
+
+@pytest.fixture
+def room():
+    return Device(10**9)
+
+
+@pytest.fixture
+def engine(config, tiny, device, room):
+    """The device then has room for the engine, or for the trainer's activations, or for the push, and not for two of them."""
+    made = PoisonEngine(config, str(tiny), model.load_tokenizer(str(tiny)), device, room=room, kv_bytes=KV)
+    room.size = made.weight_bytes + max(KV, ACTIVATIONS) + 50_000
+    return made
+
+
+def act(verb, engine, room, policy, config):
+    """One verb of a step, by name."""
+    match verb.split():
+        case ["generate"]:
+            problem = Problem(messages=({"role": "user", "content": "1 + 2 ="},), answer="3", source="t", index=0)
+            tokenizer = model.load_tokenizer(config.model.path)
+            problems = data.render([problem], tokenizer, config.data)[0]
+            engine.generate(problems, Sampling(n=1, temperature=1.0, top_p=1.0, max_tokens=4), slots=[0])
+        case ["sleep"]:
+            engine.sleep()
+        case ["wake", *tags]:
+            engine.wake(*tags)
+        case ["push"]:
+            engine.load_weights(sync.full_weights(policy, torch.float32))
+        case ["push", "without", name]:
+            engine.load_weights((n, t) for n, t in sync.full_weights(policy, torch.float32) if name not in n)
+        case ["reset"]:
+            engine.reset_prefix_cache()
+        case ["train"]:
+            room.take("trainer activations", ACTIVATIONS)
+        case ["free"]:
+            room.give("trainer activations")
+
+
+RIGHT = "generate, sleep, train, free, wake weights, push, wake kv_cache, reset, generate, sleep, train, free"
+WRONG = {
+    "generate, sleep, train, free, generate": (Mistake, "before the weights are awake"),
+    "generate, sleep, train, free, wake weights, push, generate": (Mistake, "before the KV cache is awake"),
+    "generate, sleep, train, free, wake weights, wake kv_cache, reset, generate": (Mistake, "weights that sleep discarded"),
+    "generate, sleep, train, free, push": (Mistake, "load_weights before the weights"),
+    "generate, sleep, train, free, wake weights, push, wake kv_cache, generate": (
+        Mistake,
+        "prefix cache of the weights before",
+    ),
+    "generate, sleep, train, free, wake weights, push without norm, wake kv_cache, reset, generate": (
+        Mistake,
+        "sleep discarded",
+    ),
+    "generate, sleep, train, free, wake weights kv_cache, push": (OutOfMemory, "push wants"),
+    "generate, sleep, train, wake weights, push": (OutOfMemory, "push wants"),
+    "generate, sleep, train, wake weights kv_cache": (OutOfMemory, "engine KV cache wants"),
+    "generate, train": (OutOfMemory, "trainer activations wants"),
+    "generate, sleep, sleep": (Mistake, "sleep while asleep"),
+    "generate, sleep, train, free, wake weights, push, wake weights": (Mistake, "weights woken twice"),
+    "generate, sleep, train, free, wake weights, push, wake kv_cache, reset, train": (OutOfMemory, "trainer activations"),
+}
+
+
+def test_the_right_order_fits_and_generates(engine, room, policy, config):
+    for verb in RIGHT.split(", "):
+        act(verb, engine, room, policy, config)
+
+
+@pytest.mark.parametrize("order", WRONG)
+def test_a_wrong_order_fails_at_its_last_verb(order, engine, room, policy, config):
+    *before, last = order.split(", ")
+    for verb in before:
+        act(verb, engine, room, policy, config)
+    error, message = WRONG[order]
+    with pytest.raises(error, match=message):
+        act(last, engine, room, policy, config)
+
+
+def test_a_run_uses_the_right_order_at_every_step(config, tiny, device, room, tmp_path, monkeypatch):
+    made = []
+
+    def make_engine(config, path, tokenizer, device):
+        made.append(PoisonEngine(config, path, tokenizer, device, room=room, kv_bytes=KV))
+        return made[0]
+
+    monkeypatch.setattr(train, "make_engine", make_engine)
+    folder = tmp_path / "run"
+    train.run(
+        config.model_copy(update={"output": config.output.model_copy(update={"dir": str(folder)})}),
+        with_sft=False,
+        with_rl=True,
+    )
+    push = ["sleep", "wake weights", "load_weights", "wake kv_cache", "reset_prefix_cache"]
+    assert made[0].verbs == push + 3 * ["generate", *push]
+    rows = read_rows(folder / "metrics.jsonl")
+    edges = ("sleep", "free_cache", "wait_ranks", "wake_weights", "push_weights", "wake_kv_cache", "reset_prefix_cache")
+    for row in rows:
+        assert all(row[f"timing_s/swap/{edge}"] >= 0 and row[f"memory/{edge}/used_gib"] > 0 for edge in edges)
+        assert 0 < row["memory/floor_gib"] <= min(row[f"memory/{edge}/used_gib"] for edge in edges)
+
+
+def test_generate_while_the_engine_sleeps_is_refused(engine):
+    colocated = Colocated(engine)
+    colocated.sleep()
+    colocated.sleep()  # once
+    with pytest.raises(OrderError, match="generate while the engine sleeps"):
+        colocated.generate([], None, slots=[])
+    assert engine.verbs == ["sleep"]
+
+
+def test_sleep_level_one_keeps_the_weights(config, tiny, device, policy):
+    room = Device(10**9)
+    engine = PoisonEngine(config, str(tiny), model.load_tokenizer(str(tiny)), device, room=room, kv_bytes=KV, level=1)
+    for verb in ("sleep", "wake weights", "wake kv_cache", "generate"):
+        act(verb, engine, room, policy, config)
+
+
+# The ledger
+
+
+def ledger_of(floors, limit):
+    ledger = Ledger(limit)
+    for floor in floors:
+        ledger.entries = [Entry("sleep", 1, 2, floor), Entry("push_weights", 3, 4, floor + 100)]
+        metrics = ledger.close_step()
+    return ledger, metrics
+
+
+def test_the_floor_of_a_step_is_its_least_use():
+    _, metrics = ledger_of([5 * 2**30], None)
+    assert metrics["memory/floor_gib"] == 5
+    assert metrics["memory/push_weights/used_gib"] == pytest.approx(5, abs=1e-6)
+    assert metrics["memory/sleep/allocated_gib"] == 2**-30
+
+
+def test_memory_that_grows_from_step_to_step_stops_the_run_with_the_table():
+    with pytest.raises(MemoryGrowthError) as caught:
+        ledger_of([10**9 + step * 10**7 for step in range(30)], 1.5e8)
+    message = str(caught.value)
+    assert "grew by 0.17 GiB over 20 steps" in message and "max_memory_growth_gib allows 0.139698. Restart" in message
+    assert "push_weights" in message and "floor of each step" in message
+
+
+@pytest.mark.parametrize(
+    "floors",
+    [
+        [10**9] * 40,
+        [10**9 + 10**8 * (step % 2) for step in range(40)],  # up and down is no growth
+        [10**9 + 10**9 * (step == 20) for step in range(40)],  # one step alone is none
+        [10**8, *[10**9] * 15],  # too few steps to tell
+    ],
+)
+def test_memory_that_does_not_grow_stops_nothing(floors):
+    ledger_of(floors, 1.5e8)
+
+
+def test_a_limit_of_none_only_watches():
+    _, metrics = ledger_of([10**9 + step * 10**8 for step in range(30)], None)
+    assert metrics["memory/floor_growth_gib"] > 1
+
+
+def test_what_is_measured_follows_what_is_held():
+    before = memory.measure("before").used
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert memory.measure("with").used - before > 48 << 20
+    del block
+
+
+# Trainer states on the host
+
+
+def test_offloaded_states_come_back_as_they_were_and_are_gone_in_between(config, tiny, device):
+    policy = model.build(model.Policy, config.model, str(tiny), device, dist.mesh(device))
+    adam = torch.optim.AdamW(policy.parameters())
+    for parameter in policy.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    adam.step()
+
+    def states():
+        return [s for state in adam.state.values() for s in (state["exp_avg"], state["exp_avg_sq"])]
+
+    before = [s.to_local().clone() for s in states()]
+    offload = Offload(states)
+    freed = offload.to_host()
+    assert freed == sum(s.nbytes for s in before)
+    assert all(s.to_local().untyped_storage().nbytes() == 0 for s in states())
+    offload.to_device()
+    assert all(torch.equal(s.to_local(), old) for s, old in zip(states(), before, strict=True))
+    adam.step()  # the optimizer still points at them
+
+
+def test_offloading_shared_storage_moves_it_once():
+    layer = nn.Linear(8, 8)
+    offload = Offload(lambda: [layer.weight.data, layer.weight.data])
+    with pytest.raises(AssertionError, match="already on the host"):
+        offload.to_host()
+        offload.to_host()
+    offload.to_device()
+    assert layer(torch.ones(1, 8)).isfinite().all()
+
+
+# Gathering
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes of storages that were alive at once and are not those of `known`. (Compared by address: plain tensors.)"""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if type(tensor) is torch.Tensor and tensor.untyped_storage().data_ptr() not in self.known:
+                storage = tensor.untyped_storage()
+                self.alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def gathered_peak(path, device):
+    """Names and shapes of the gathered weights, and the most memory of it in layers of bf16."""
+    settings = configs.check({"model": {"path": str(path), "dtype": "float32"}, "train": {"steps": 0}})
+    policy = model.build(model.Policy, settings.model, str(path), device, dist.mesh(device))
+    expected = {name: tensor.shape for name, tensor in policy.lm.state_dict().items()}
+    layer = 2 * sum(shape.numel() for name, shape in expected.items() if ".layers.0." in name)
+    policy.reshard()
+    found = {}
+    with Watch([tensor.to_local() for tensor in policy.lm.state_dict().values()]) as watch:
+        for name, tensor in sync.full_weights(policy, torch.bfloat16):
+            found[name] = tensor.shape
+            assert tensor.dtype == torch.bfloat16
+            del tensor
+    assert found == expected
+    return watch.peak / layer
+
+
+@pytest.fixture(scope="module")
+def eight_layers(tmp_path_factory):
+    path = tmp_path_factory.mktemp("eight")
+    shape = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4
+    )
+    LlamaForCausalLM(shape).save_pretrained(path)
+    return path
+
+
+def test_gathering_on_one_rank_holds_one_tensor(eight_layers, device):
+    assert gathered_peak(eight_layers, device) < 0.3
+
+
+def test_gathering_on_two_ranks_holds_two_layers_a_share_and_a_tensor(eight_layers, tmp_path):
+    script = tmp_path / "gather.py"
+    call = f"gathered_peak({str(eight_layers)!r}, dist.setup())"
+    script.write_text(f"from test_memory import dist, gathered_peak\nprint('peak', {call}, flush=True)\n")
+    done = torchrun(script)
+    peaks = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak")]
+    assert len(peaks) == 2 and 2 < max(peaks) < 4, done.stderr[-2000:]  # gloo stages its own copies besides
+
+
+# Ranks
+
+HANG = """
+import sys, time
+from rlsp_fast import dist
+dist.setup()
+if dist.rank() == 1:
+    time.sleep(30)
+try:
+    dist.meet("before the engine wakes", timeout_s=2)
+except dist.HungRankError as error:
+    print(error, flush=True)
+    import os
+    os._exit(7)
+"""
+
+
+def torchrun(script):
+    path = f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}"
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_rank_that_hangs_is_named_with_the_phase(tmp_path):
+    script = tmp_path / "hang.py"
+    script.write_text(HANG)
+    start = time.perf_counter()
+    done = torchrun(script)
+    assert "before the engine wakes: rank 1 did not arrive within 2 s; rank 0 gave up" in done.stdout, done.stderr[-2000:]
+    assert time.perf_counter() - start < 60
