@@ -21,7 +21,12 @@ Settings are a recipe (a TOML or YAML file, or the name of a shipped one) and do
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, 2 for a user's mistake, 3 for numbers that cannot be trained on, 4 when a
     detector stopped the run, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse gives up on key=value words that stand behind an option
+        args.overrides = [*args.overrides, *rest]
     try:
         return args.verb(args)
     except KeyboardInterrupt:
@@ -58,6 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     recipe(verb("sft", _stages(sft=True, rl=False), "supervised fine-tuning on demonstrations only"))
     recipe(verb("train", _stages(sft=False, rl=True), "PPO from model.path, without SFT"))
     recipe(verb("eval", _eval, "accuracy and length of model.path on data.validation"))
+    plan = verb("plan", _plan, "memory by phase and seconds of a step, before anything is loaded; exit code 1: it does not fit")
+    plan.add_argument("recipe", help="a .toml or .yaml file, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. rollout.kv_cache_gib=8")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
+    plan.add_argument("--gpu", default="H100", metavar="NAME", help="A100-80, H100 (default), H200 or B200")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU, e.g. 80GiB (default: the GPU's)")
+    plan.add_argument("--offload", default="", metavar="STATES", help="in host memory while generating: adam,critic,reference")
+    plan.add_argument("--prompt-tokens", type=int, metavar="N", help="mean, for times (default 256)")
+    plan.add_argument("--response-tokens", type=int, metavar="N", help="mean, for times (default: half of the limit)")
+    plan.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor = verb("doctor", _doctor, "whether training can start on this machine; exit code 1 when not")
+    doctor.add_argument("recipe", nargs="?", help="look at what this recipe needs, too")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. model.path=/models/mine")
     demo = verb("demo", _demo, "train a small transformer from scratch on this machine, a CPU will do")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the demo recipe")
     demo.add_argument("--seed", type=int, default=0, help="of model, demonstrations, order and sampling (default 0)")
@@ -134,6 +153,32 @@ def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
     finally:
         dist.cleanup()
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rlsp_fast import plan, shapes
+
+    config = configs.load(args.recipe, args.overrides)
+    offload = frozenset(word for word in args.offload.split(",") if word)
+    if offload - set(plan.OFFLOADS):
+        raise plan.PlanError(f"--offload {args.offload}: want some of {','.join(plan.OFFLOADS)}")
+    memory = plan.parse_memory(args.gpu_memory) if args.gpu_memory else None
+    job = plan.make_job(
+        config, shapes.read(config.model.path), gpu=args.gpu, num_gpus=args.gpus, num_nodes=args.nodes, memory=memory,
+        offload=offload, prompt_tokens=args.prompt_tokens, response_tokens=args.response_tokens,
+    )  # fmt: skip
+    if args.json:
+        print(plan.as_json(job))
+    else:
+        plan.show(job)
+    return 0 if plan.fits(job) else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rlsp_fast import doctor
+
+    config = configs.load(args.recipe, args.overrides) if args.recipe else None
+    return doctor.report(doctor.examine(config))
 
 
 def _demo(args: argparse.Namespace) -> int:
