@@ -73,14 +73,9 @@ def ours(name: str, inputs: Inputs, entropy: bool = True, inplace: bool = True) 
             inputs.old_logprob_T,
             inputs.advantage_T,
             inputs.weight_T,
-            clip_ratio_low=SETTINGS.clip_ratio_low,
-            clip_ratio_high=SETTINGS.clip_ratio_high,
-            dual_clip=SETTINGS.dual_clip,
             ref_logprob_T=inputs.ref_logprob_T,
-            kl_coef=SETTINGS.kl_coef,
             kl_kind="k3",
-            entropy_coef=SETTINGS.entropy_coef if entropy else 0.0,
-            need_entropy=entropy,
+            **SETTINGS.ours(entropy),
             inplace=inplace,
         )
         loss.backward()

@@ -14,7 +14,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Literal
@@ -62,6 +62,11 @@ class PPOSettings:
     dual_clip: float = 3.0
     kl_coef: float = 0.01
     entropy_coef: float = 0.001
+
+    def ours(self, entropy: bool) -> dict[str, float | bool]:
+        """As our ops take them; without the entropy, neither its bonus nor its metric."""
+        keys = asdict(self) | {"need_entropy": entropy}
+        return keys if entropy else keys | {"entropy_coef": 0.0}
 
 
 def ppo_of_logprob(

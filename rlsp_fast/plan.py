@@ -302,7 +302,7 @@ def update_peak(job: Job, kind: Literal["policy", "critic"]) -> Peak:
     FSDP2 gathers the root (embedding, last norm, head) for the whole of forward and backward, each layer while it works and the
     next one's already beside it. Gradients are scattered in float32: the buffer of one layer is held until the next one's.
     1. In the loss: everything kept for backward, the logits' chunk, the head's gradient in float32.
-    2. Leaving the loss: the head's gradient as kept, as zeros for the op's other output, and scaled.
+    2. Leaving the loss: the head's gradient as kept, and scaled.
     3. In the last layer's backward: its activations (recomputed when checkpointing) and their gradients beside the others'.
     4. Behind it: the layer's gradients, and two buffers of scattering.
     5. At the embedding: its gradient beside the head's.
@@ -325,7 +325,7 @@ def update_peak(job: Job, kind: Literal["policy", "critic"]) -> Peak:
     logits = _logits(job, T) if kind == "policy" else 0
     moments = (
         Peak(gathered=c * root, activations=kept + rows, logits=logits + 4 * head),
-        Peak(gathered=c * (root + ahead), activations=kept + 2 * T * c * D, logits=3 * c * head),
+        Peak(gathered=c * (root + ahead), activations=kept + 2 * T * c * D, logits=2 * c * head),
         Peak(
             gathered=c * root + at_work + pending,
             activations=during + T * _backward_per_token(shapes, c),

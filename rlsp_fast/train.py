@@ -336,7 +336,7 @@ def rl_step(
             step + 1, sampled["sampling/problems"],
         )  # fmt: skip
         timer.seconds["step"] = time.perf_counter() - start
-        metrics = sampled | timer.metrics() | describe(rollouts, scores, config)
+        metrics = sampled | timer.metrics() | engine.metrics() | describe(rollouts, scores, config)
         metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / timer.seconds["step"] / dist.world_size()
         return metrics, rollouts, scores
     with timer("pack"):

@@ -23,8 +23,10 @@ from rlsp_kernels import (
     ppo_loss,
     value_loss,
 )
+from rlsp_kernels.ppo_loss import Clip, ppo_loss_torch
 from torch.library import opcheck
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
@@ -415,7 +417,10 @@ def test_without_a_gradient_ppo_loss_leaves_the_logits(loss):
 def by_autograd(logits_TV, token_T, columns, options):
     """Loss and gradient in float64 from the definition, by autograd."""
     wide = logits_TV.double().requires_grad_()
-    loss, _ = ppo_loss(wide, token_T, *columns, inplace=False, backend="torch", **{k: double(v) for k, v in options.items()})
+    given = {k: double(v) for k, v in options.items()}
+    clip = Clip(kl_coef=given.pop("kl_coef", 0.0), entropy_coef=given.pop("entropy_coef", 0.0))
+    need_entropy = given.pop("need_entropy", True) or clip.entropy_coef != 0
+    loss, _ = ppo_loss_torch(wide, token_T, *(x.double() for x in columns), clip=clip, need_entropy=need_entropy, **given)
     return loss, torch.autograd.grad(loss, wide)[0]
 
 
@@ -448,6 +453,37 @@ def test_tokens_without_a_policy_gradient_keep_the_other_ones(options, backend):
         torch.testing.assert_close(linear.double(), expected, atol=1e-5, rtol=1e-5)
     (linear_grad,) = torch.autograd.grad(linear, weight_VD)
     torch.testing.assert_close(linear_grad.double(), expected_grad, atol=1e-5, rtol=1e-5)
+
+
+class Zeros(TorchDispatchMode):
+    """Elements of each tensor of zeros that is made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        if "zeros" in op.name():
+            self.made.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("op", ["ppo_loss", "ppo_loss in place", "linear_ppo_loss", "value_loss"])
+def test_backward_makes_no_zeros_for_outputs_that_have_no_gradient(op):
+    """Those saved for backward are outputs too: zeros as large as the head's gradient would stand beside it."""
+    T, V = 8, 90
+    logits_TV, x_T = draw(T, V).requires_grad_(), draw(T).requires_grad_()
+    columns = (tokens(T, V), draw(T), draw(T, seed=1), torch.ones(T, device=DEVICE))
+    if op == "linear_ppo_loss":
+        loss, _ = linear_ppo_loss(draw(T, 16).requires_grad_(), draw(V, 16).requires_grad_(), *columns)
+    elif op == "value_loss":
+        loss, _ = value_loss(x_T, draw(T), draw(T), columns[-1])
+    else:
+        loss, _ = ppo_loss(logits_TV * 1, *columns, inplace="in place" in op)
+    with Zeros() as zeros:
+        loss.backward()
+    assert zeros.made == []
 
 
 @pytest.mark.parametrize("T", [1, 1024, 1025, 5000])

@@ -36,6 +36,12 @@ def runs_triton(backend: Backend, tensor: Tensor) -> bool:
     return backend == "triton"
 
 
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """One device for all: a kernel would read another's memory."""
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, the others on {like.device}: move them to one device")
+
+
 def blocks(size: int, most: int, per_warp: int) -> tuple[int, int]:
     """Block for a loop over `size` elements, and its number of warps."""
     block = min(most, max(64, triton.next_power_of_2(size)))
@@ -73,7 +79,7 @@ def scale_(x: Tensor, factor: Tensor, backend: str) -> None:
     """x *= factor for (N, M) x and 0-d factor; nothing is read or written where it is 1, as a loss's gradient mostly is."""
     if runs_triton(backend, x):
         _scale(x, x, factor)
-    elif x.is_cuda or factor != 1:  # looking would wait for a GPU
+    elif x.device.type != "cpu" or factor != 1:  # looking would wait for a GPU
         x.mul_(factor)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, Backend, runs_triton
+from rlsp_kernels.backend import LAUNCH, Backend, check_device, runs_triton
 
 KLKind = Literal["k1", "k2", "k3"]
 KL_KINDS: tuple[KLKind, ...] = ("k1", "k2", "k3")
@@ -114,8 +114,7 @@ def _launch(out_T: Tensor, dkl_T: Tensor | None, logprob_T: Tensor, ref_logprob_
 @torch.library.custom_op("rlsp_kernels::kl_penalty", mutates_args=())
 def _kl_penalty_op(logprob_T: Tensor, ref_logprob_T: Tensor, kind: str, backend: str) -> Tensor:
     if not runs_triton(backend, logprob_T):
-        kl_T = kl_penalty_torch(logprob_T, ref_logprob_T, kind)
-        return kl_T.clone() if kl_T is logprob_T else kl_T
+        return kl_penalty_torch(logprob_T, ref_logprob_T, kind)
     dtype = torch.promote_types(logprob_T.dtype, ref_logprob_T.dtype)
     out_T = torch.empty(logprob_T.shape, dtype=dtype, device=logprob_T.device)
     return _launch(out_T, None, logprob_T.contiguous(), ref_logprob_T.contiguous(), kind)
@@ -179,6 +178,5 @@ def kl_penalty(logprob_T: Tensor, ref_logprob_T: Tensor, kind: KLKind = "k1", *,
         raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
     if logprob_T.shape != ref_logprob_T.shape:
         raise ValueError(f"want equal shapes, got {tuple(logprob_T.shape)} and {tuple(ref_logprob_T.shape)}")
-    if logprob_T.device != ref_logprob_T.device:
-        raise ValueError(f"logprob_T is on {logprob_T.device}, ref_logprob_T on {ref_logprob_T.device}")
+    check_device("ref_logprob_T", ref_logprob_T, logprob_T)
     return _kl_penalty_op(logprob_T, ref_logprob_T, kind, backend)

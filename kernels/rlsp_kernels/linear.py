@@ -13,11 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from rlsp_kernels.backend import Backend, runs_triton, scaled
+from rlsp_kernels.backend import Backend, check_device, runs_triton, scaled
 from rlsp_kernels.kl import KLKind
 from rlsp_kernels.logprob_entropy import (
     LN2,
-    check_device,
     check_scaling,
     logprob_entropy_grad,
     logprob_entropy_launch,
@@ -156,7 +155,7 @@ class _Gradients:
 
 def _auto_rows(rows_N: Tensor | None, idle_T: Tensor) -> Tensor | None:
     """rows_N as given. Without it, on a CPU, those that are not idle; on a GPU looking would wait for the device: None."""
-    if rows_N is not None or idle_T.is_cuda or not idle_T.any():
+    if rows_N is not None or idle_T.device.type != "cpu" or not idle_T.any():
         return rows_N
     return (~idle_T).nonzero().squeeze(-1)
 
@@ -415,6 +414,7 @@ def _setup_ppo(ctx, inputs, output):
     _, metrics, *gradients = output
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(metrics, *gradients)
+    ctx.set_materialize_grads(False)  # of zeros, (V, D) among them, for outputs that have no gradient
 
 
 def _backward_ppo(ctx, dloss, *_):

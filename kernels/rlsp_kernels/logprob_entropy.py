@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, ROW_ALIGN, Backend, blocks, runs_triton, tile_shape
+from rlsp_kernels.backend import LAUNCH, ROW_ALIGN, Backend, blocks, check_device, runs_triton, tile_shape
 
 LN2: tl.constexpr = tl.constexpr(0.6931471824645996)
 LN2_LOW: tl.constexpr = tl.constexpr(-1.904654299957768e-09)  # what the float32 above lacks
@@ -171,9 +171,9 @@ def scaling_of(t, temperature_ptr, temperature, logit_scale, HAS_SOFTCAP: tl.con
     """c, what it lacks to its exact value, and the slope of the softmax's argument in the logits, less the soft-cap's."""
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + t)
-    scale = logit_scale * 1.0
+    scale = logit_scale
     if HAS_SOFTCAP:
-        scale = scale * 0.0 + 1.0  # it stands inside the soft-cap
+        scale = tl.full((), 1.0, tl.float32)  # the other one stands inside the soft-cap
     n = scale * LOG2E
     n_low = tl.fma(scale, LOG2E, -n) + scale * LOG2E_LOW
     c = tl.div_rn(n, temperature)
@@ -711,12 +711,6 @@ def check_inplace(name: str, logits_TV: Tensor) -> None:
         raise ValueError(f"{name}=True needs rows of logits_TV that do not overlap, got strides {logits_TV.stride()}")
     if logits_TV.requires_grad and logits_TV.is_leaf:
         raise ValueError(f"{name}=True would overwrite a leaf that requires grad: pass {name}=False")
-
-
-def check_device(name: str, x: Tensor, like: Tensor) -> None:
-    """One device for all: a kernel would read another's memory."""
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, the others on {like.device}: move them to one device")
 
 
 def check_scaling(token_T: Tensor, temperature: float | Tensor, softcap: float | None) -> None:

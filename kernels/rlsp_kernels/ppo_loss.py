@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, Backend, runs_triton, scale_, scaled, tile_shape
+from rlsp_kernels.backend import LAUNCH, Backend, check_device, runs_triton, scale_, scaled, tile_shape
 from rlsp_kernels.kl import (
     KL_KINDS,
     LOG_RATIO_BOUND,
@@ -24,7 +24,6 @@ from rlsp_kernels.kl import (
 from rlsp_kernels.logprob_entropy import (
     ALIGN,
     LN2,
-    check_device,
     check_inplace,
     check_logits,
     empty_grad,
@@ -199,6 +198,11 @@ def ppo_loss_torch(
 
 # --- device functions -------------------------------------------------------------------------
 
+_KEPT: tl.constexpr = tl.constexpr(KEPT)
+_CLIP_LOW: tl.constexpr = tl.constexpr(CLIP_LOW)
+_CLIP_HIGH: tl.constexpr = tl.constexpr(CLIP_HIGH)
+_DUAL_CLIP: tl.constexpr = tl.constexpr(DUAL_CLIP)
+
 
 @triton.jit
 def policy_terms(
@@ -219,13 +223,13 @@ def policy_terms(
     is_clipped = clipped > pg
     pg = tl.where(is_clipped, clipped, pg)
     slope = tl.where(is_clipped, 0.0, slope)
-    flags = 1.0 + tl.where(is_clipped, tl.where(advantage < 0, 2.0, 4.0), 0.0)
+    flags = _KEPT + tl.where(is_clipped, tl.where(advantage < 0, _CLIP_LOW, _CLIP_HIGH), 0)
     if HAS_DUAL:
         bound = -advantage * dual_clip
         is_dual = (advantage < 0) & (bound < pg)
         pg = tl.where(is_dual, bound, pg)
         slope = tl.where(is_dual, 0.0, slope)
-        flags += tl.where(is_dual, 8.0, 0.0)
+        flags += tl.where(is_dual, _DUAL_CLIP, 0)
     if importance_weight_ptr is not None:
         importance_weight = tl.load(importance_weight_ptr + t)
         pg *= importance_weight
@@ -242,7 +246,7 @@ def policy_terms(
     tl.store(columns_ptr + 3 * columns_stride + t, kl)
     tl.store(columns_ptr + 4 * columns_stride + t, entropy)
     tl.store(columns_ptr + 5 * columns_stride + t, ratio)
-    tl.store(columns_ptr + 6 * columns_stride + t, flags)
+    tl.store(columns_ptr + 6 * columns_stride + t, flags.to(tl.float32))
     return slope * weight, -entropy_coef * weight
 
 
@@ -390,10 +394,10 @@ def _reduce_kernel(
         entropy += tl.load(columns_ptr + 4 * size + t, mask=inside, other=0.0).to(tl.float64)
         ratio = tl.load(columns_ptr + 5 * size + t, mask=inside, other=0.0)
         flags = tl.load(columns_ptr + 6 * size + t, mask=inside, other=0.0).to(tl.int32)
-        kept += (flags & 1).to(tl.float64)
-        clip_low += (flags // 2 & 1).to(tl.float64)
-        clip_high += (flags // 4 & 1).to(tl.float64)
-        dual += (flags // 8 & 1).to(tl.float64)
+        kept += ((flags & _KEPT) != 0).to(tl.float64)
+        clip_low += ((flags & _CLIP_LOW) != 0).to(tl.float64)
+        clip_high += ((flags & _CLIP_HIGH) != 0).to(tl.float64)
+        dual += ((flags & _DUAL_CLIP) != 0).to(tl.float64)
         nan += tl.where((flags != 0) & (ratio != ratio), 1.0, 0.0)  # min and max drop it
         low = tl.where(flags != 0, tl.minimum(low, ratio), low)
         high = tl.where(flags != 0, tl.maximum(high, ratio), high)
@@ -580,6 +584,7 @@ def _setup_context(ctx, inputs, output):
     ctx.backend = inputs[-1]
     ctx.save_for_backward(dlogits_TV)
     ctx.mark_non_differentiable(metrics, dlogits_TV)
+    ctx.set_materialize_grads(False)  # of zeros, (T, V) among them, for outputs that have no gradient
 
 
 def _backward(ctx, dloss, *_):
@@ -599,6 +604,7 @@ class _PPOLossInPlace(torch.autograd.Function):
         ctx.backend = backend
         ctx.save_for_backward(logits_TV)
         ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
         return loss, metrics
 
     @staticmethod

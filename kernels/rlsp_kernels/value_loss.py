@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, Backend, runs_triton
+from rlsp_kernels.backend import LAUNCH, Backend, check_device, runs_triton
 
 # --- definition -------------------------------------------------------------------------------
 
@@ -117,6 +117,7 @@ def _setup_context(ctx, inputs, output):
     _, num_clipped, dvalue_T = output
     ctx.save_for_backward(dvalue_T)
     ctx.mark_non_differentiable(num_clipped, dvalue_T)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
@@ -159,8 +160,7 @@ def value_loss(
     for name, tensor in {"old_value_T": old_value_T, "return_T": return_T, "weight_T": weight_T}.items():
         if tensor.shape != value_T.shape:
             raise ValueError(f"want {name} {tuple(value_T.shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != value_T.device:
-            raise ValueError(f"{name} is on {tensor.device}, value_T on {value_T.device}: move them to one device")
+        check_device(name, tensor, value_T)
         if tensor.dtype != value_T.dtype:
             raise ValueError(f"{name} must be {value_T.dtype} as value_T is, got {tensor.dtype}")
     if value_T.dtype not in (torch.float32, torch.float64):
