@@ -70,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
     plan.add_argument("--gpu", default="H100", metavar="NAME", help="A100-80, H100 (default), H200 or B200")
     plan.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU, e.g. 80GiB (default: the GPU's)")
-    plan.add_argument("--offload", default="", metavar="STATES", help="in host memory while generating: adam,critic,reference")
     plan.add_argument("--prompt-tokens", type=int, metavar="N", help="mean, for times (default 256)")
     plan.add_argument("--response-tokens", type=int, metavar="N", help="mean, for times (default: half of the limit)")
     plan.add_argument("--json", action="store_true", help="print it as JSON")
@@ -147,9 +146,9 @@ def _go(config: configs.Config, dry_run: bool, *, sft: bool, rl: bool) -> int:
         return _fail(str(alarm), 4)
     except (sync.StaleWeightsError, train.DivergedError, memory.MemoryGrowthError) as error:
         return _fail(str(error), 3)
-    except dist.HungRankError as error:
+    except (dist.HungRankError, memory.DeviceMemoryError) as error:
         _fail(str(error), 3, every_rank=True)
-        os._exit(3)  # leaving the process group in order would wait for the rank that hangs
+        os._exit(3)  # leaving the process group in order would wait for the rank that hangs, or for this one
     finally:
         dist.cleanup()
     return 0
@@ -159,13 +158,10 @@ def _plan(args: argparse.Namespace) -> int:
     from rlsp_fast import plan, shapes
 
     config = configs.load(args.recipe, args.overrides)
-    offload = frozenset(word for word in args.offload.split(",") if word)
-    if offload - set(plan.OFFLOADS):
-        raise plan.PlanError(f"--offload {args.offload}: want some of {','.join(plan.OFFLOADS)}")
     memory = plan.parse_memory(args.gpu_memory) if args.gpu_memory else None
     job = plan.make_job(
         config, shapes.read(config.model.path), gpu=args.gpu, num_gpus=args.gpus, num_nodes=args.nodes, memory=memory,
-        offload=offload, prompt_tokens=args.prompt_tokens, response_tokens=args.response_tokens,
+        prompt_tokens=args.prompt_tokens, response_tokens=args.response_tokens,
     )  # fmt: skip
     if args.json:
         print(plan.as_json(job))

@@ -6,6 +6,7 @@ docstring gives its meaning and unit; bounds are in its type.
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from importlib.resources import files
@@ -21,6 +22,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 KLKind = Literal["k1", "k2", "k3"]
+Offloaded = Literal["adam", "critic", "reference"]
 EXPLORATION_PARTS = ("length", "length_code", "judge", "repetition")
 REPETITION_NGRAM = 30
 """Tokens. Of MATH-500's solutions 0.9 % of the tokens stand in a run of 30 that occurred before, 5.9 % in one of 12."""
@@ -85,8 +87,8 @@ class RolloutConfig(_Section):
     """Ranks that share one vLLM engine. Must divide the number of ranks."""
     max_num_seqs: Positive = 256
     """Sequences decoded at once per engine."""
-    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
-    """KV cache per rank, GiB. Unset: vLLM sizes it from gpu_memory_utilization (1 GiB on a CPU)."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    """KV cache per rank, GiB. auto: what `rlsp plan` leaves. Unset: as gpu_memory_utilization says. On a CPU both are 1."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of a GPU's memory that vLLM may fill while awake. Ignored on a CPU."""
     enforce_eager: bool = False
@@ -208,8 +210,10 @@ class TrainConfig(_Section):
     """Passes over a step's rollouts."""
     critic_warmup_steps: Count = 4
     """First steps in which only the critic learns."""
-    max_tokens_per_micro_batch: Positive = 16384
-    """Packed tokens per forward and backward on one rank; also the longest prompt + response."""
+    max_tokens_per_micro_batch: Positive | Literal["auto"] = 16384
+    """Packed tokens per forward and backward on one rank, at least the longest prompt + response. auto: as the plan says."""
+    offload: tuple[Offloaded, ...] | Literal["auto"] = "auto"
+    """In host memory while vLLM generates: adam (its moments), critic, reference. auto: what the plan needs; none on a CPU."""
     max_memory_growth_gib: Annotated[float, Field(gt=0)] | None = 2.0
     """Stops the run when the least memory of a step grows by more than this over 20 steps, with a table. `none`: off."""
     fsdp_shard_size: Count = 0
@@ -283,7 +287,8 @@ class Config(_Section):
                 f"alone always does: want rollout.n >= 2, got {r.n}"
             )
         longest = self.data.max_prompt_length + r.max_response_length
-        if t.steps and longest > t.max_tokens_per_micro_batch:
+        budget = math.inf if t.max_tokens_per_micro_batch == "auto" else t.max_tokens_per_micro_batch
+        if t.steps and longest > budget:
             raise ValueError(
                 f"train.max_tokens_per_micro_batch = {t.max_tokens_per_micro_batch} cannot hold one sequence of "
                 f"data.max_prompt_length + rollout.max_response_length = {longest} tokens"
@@ -292,7 +297,7 @@ class Config(_Section):
             raise ValueError("data.train is empty: name the training problems, or set train.steps=0")
         if (self.sft.steps or self.sft.epochs) and not self.sft.train:
             raise ValueError("sft.train is empty: name the demonstrations, or set sft.steps=0 and sft.epochs=0")
-        if self.wants_sft and self.sft.max_length > self.train.max_tokens_per_micro_batch:
+        if self.wants_sft and self.sft.max_length > budget:
             raise ValueError(
                 f"train.max_tokens_per_micro_batch = {self.train.max_tokens_per_micro_batch} cannot hold one demonstration of "
                 f"sft.max_length = {self.sft.max_length} tokens"
@@ -357,7 +362,10 @@ def check(tree: dict[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+        errors = error.errors()
+        with_auto = {e["loc"][:2] for e in errors if _OR_AUTO in e["loc"]}  # said with what else the key may be
+        lines = [_explain(e, e["loc"][:2] in with_auto) for e in errors if _OR_AUTO not in e["loc"]]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -384,6 +392,8 @@ def _value(text: str, annotation: Any) -> Any:
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if text == "auto":
+        return text
     if "tuple" in str(annotation) and not text.startswith("["):
         # a source such as reasoning-gym:TASK?operators=["+","-"] has commas of its own
         parts = [part for part in re.split(r",(?![^\[]*\])", text) if part]
@@ -410,7 +420,10 @@ def _nearest(key: str) -> str:
     return f"; did you mean {best[0]}?" if best else "; `rlsp config` lists every key"
 
 
-def _explain(error: Any) -> str:
+_OR_AUTO = "literal['auto']"  # where pydantic says that a value is not the other thing that it may be
+
+
+def _explain(error: Any, or_auto: bool) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r} (value {error['input']!r}){_nearest(key)}"
@@ -422,7 +435,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     key = next((k for k in leaf_keys() if key == k or key.startswith(k + ".")), key)
-    message = error["msg"].removeprefix("Input should be ")
+    message = error["msg"].removeprefix("Input should be ") + (" or 'auto'" if or_auto else "")
     return f"{key} = {error['input']!r}: want {message}. {_doc(key)}".rstrip()
 
 

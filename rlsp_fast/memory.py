@@ -3,15 +3,18 @@
 A step is
     generate                       the engine has weights and KV cache, the trainer its sharded states
     sleep                          the engine drops both (level 2) or keeps the weights on the host (level 1)
+    fetch_states                   trainer states that were on the host come back (train.offload)
     train                          the trainer has the device
     free_cache, wait_ranks         torch's free list goes back to the driver, on every rank, before the engine asks for memory
-    wake_weights, push_weights     room for the weights, then the weights just trained
+    wake_weights, push_weights     room for the weights, then the weights just trained, while the states are copied to the host
+    offload_states                 the states' memory is given up, when their copies are whole
     wake_kv_cache                  room for keys and values, when nothing of the push is left
     reset_prefix_cache             those of the old weights would be served for shared prompts
 and again. Waking both at once, or before the trainer let go, is what runs out of memory; a missing push leaves old weights.
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +40,17 @@ class MemoryGrowthError(RuntimeError):
 
 class OrderError(RuntimeError):
     """A verb of the engine out of order: a bug of ours, never to be trained over."""
+
+
+class DeviceMemoryError(RuntimeError):
+    """Memory ran out where nothing can be made smaller; the message has the ledger and what to change."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is torch's allocator, vLLM's or the host's saying that there is no memory left."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +148,8 @@ class Colocated:
         self.ledger = Ledger(None if max_growth_gib is None else max_growth_gib * 2**30)
         self.asleep = False
         self.pushes = 0
+        self.offload: Offload | None = None
+        """Trainer states that are on the host while the engine is awake. Set while it sleeps."""
         self._seconds: dict[str, float] = {}
 
     @property
@@ -153,6 +169,9 @@ class Colocated:
             with self._edge("sleep"):
                 self.engine.sleep()
             self.asleep = True
+            if self.offload is not None:
+                with self._edge("fetch_states"):
+                    self.offload.to_device()
 
     def receive(self, weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
         """The engine gets the device back, with new weights.
@@ -165,11 +184,17 @@ class Colocated:
                 torch.cuda.empty_cache()
         with self._edge("wait_ranks"):
             dist.meet("before the engine wakes")
+        offload = self.offload if self.asleep else None
+        if offload is not None:
+            offload.start()
         if self.asleep:
             with self._edge("wake_weights"):
                 self.engine.wake("weights")
         with self._edge("push_weights"):
             self.engine.load_weights(weights())
+        if offload is not None:
+            with self._edge("offload_states"):
+                offload.finish()
         if self.asleep:
             with self._edge("wake_kv_cache"):
                 self.engine.wake("kv_cache")
@@ -204,7 +229,8 @@ class Offload:
     """Moves tensors to pinned host memory and back, on a side stream, their storages freed in between.
 
     For trainer states that generation leaves no room for. The tensors stay the same objects, so that optimizers and
-    modules keep pointing at them; reading one while it is away is an error of torch (a storage of 0 bytes).
+    modules keep pointing at them; reading one while it is away is an error of torch (a storage of 0 bytes). The host's buffers
+    are made once and kept: pinning memory is slow.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]):
@@ -213,34 +239,48 @@ class Offload:
             tensors: Those to move, asked for at each move (Adam's moments exist from the first step on).
         """
         self._tensors = tensors
-        self._away: list[tuple[Tensor, Tensor]] = []
+        self._hosts: dict[int, Tensor] = {}  # by the tensor's id
+        self._moving: list[tuple[Tensor, Tensor]] = []
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
-    def to_host(self) -> int:
-        """Bytes freed on the device."""
-        assert not self._away, "already on the host"
+    @torch.no_grad()
+    def start(self) -> None:
+        """Begins to copy to the host. The tensors may be read until `finish`, and not written."""
+        assert not self._moving, "already on the host"
+        seen: set[int] = set()
         with self._side_stream():
             for tensor in self._tensors():
                 local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                if local.untyped_storage().nbytes() == 0 or any(local is there for there, _ in self._away):
+                storage = local.untyped_storage().data_ptr()
+                if storage == 0 or storage in seen:
                     continue
-                host = torch.empty(local.shape, dtype=local.dtype, pin_memory=self._stream is not None)
+                seen.add(storage)
+                host = self._hosts.get(id(tensor))
+                if host is None or host.shape != local.shape:
+                    host = torch.empty(local.shape, dtype=local.dtype, pin_memory=self._stream is not None)
+                    self._hosts[id(tensor)] = host
                 host.copy_(local, non_blocking=True)
-                self._away.append((local, host))
-        self._wait()
-        for local, _ in self._away:
-            local.untyped_storage().resize_(0)
-        return sum(host.nbytes for _, host in self._away)
+                self._moving.append((local, host))
 
+    def finish(self) -> int:
+        """Waits for the copies and frees the device's memory. Returns its bytes."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        for local, _ in self._moving:
+            local.untyped_storage().resize_(0)
+        return sum(host.nbytes for _, host in self._moving)
+
+    @torch.no_grad()
     def to_device(self) -> None:
-        """Everything back where it was."""
-        for local, host in self._away:
+        """Everything back where it was. What the device computes next waits for the copies, the host does not."""
+        for local, host in self._moving:
             local.untyped_storage().resize_(host.nbytes)
         with self._side_stream():
-            for local, host in self._away:
+            for local, host in self._moving:
                 local.copy_(host, non_blocking=True)
-        self._wait()
-        self._away = []
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        self._moving = []
 
     @contextmanager
     def _side_stream(self) -> Iterator[None]:
@@ -250,7 +290,3 @@ class Offload:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-
-    def _wait(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()

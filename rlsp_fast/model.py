@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
@@ -324,6 +324,19 @@ def build(
     fully_shard(module, mesh=mesh, mp_policy=policy)
     module.requires_grad_(trained).to(device)
     return module.float() if trained else module  # sharded first: float32 is this rank's share alone
+
+
+def begin_anew(module: Policy | Critic) -> None:
+    """As after an optimizer step, when an error left FSDP in the middle of a forward or backward: no gradients anywhere."""
+    module.reset_iter_state()
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            for sharded in (True, False):  # a gradient may wait on the gathered parameter for its reduction
+                if not sharded:
+                    part.unshard()
+                for parameter in part.parameters():
+                    parameter.grad = None
+            part.reshard()
 
 
 def _unsupported(lm: PreTrainedModel, backend: str) -> str | None:

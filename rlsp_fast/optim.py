@@ -1,6 +1,7 @@
 """AdamW with warm-up and decay, and gradient clipping over all ranks."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         self.schedule.step()
         return norm
+
+    def moments(self) -> Iterator[Tensor]:
+        """Adam's two averages of each parameter, from the first step on."""
+        for state in self.adamw.state.values():
+            yield from (state["exp_avg"], state["exp_avg_sq"])
 
     @property
     def num_updates(self) -> int:

@@ -46,6 +46,22 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    def part(self, first: int, last: int) -> "PackedBatch":
+        """Sequences first to last - 1 alone, on the same device. Waits for the device."""
+        start, end = (sum(self.lengths[:i]) for i in (first, last))
+        lengths = self.lengths[first:last]
+        mask_T = self.mask_T[start:end]
+        return PackedBatch(
+            input_T=self.input_T[start:end],
+            token_T=self.token_T[start:end],
+            mask_T=mask_T,
+            rows_N=mask_T.nonzero().squeeze(-1),
+            position_ids=self.position_ids[start:end],
+            cu_seqlens=self.cu_seqlens[first : last + 1] - start,
+            max_seqlen=max(lengths),
+            lengths=lengths,
+        )
+
 
 def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> PackedBatch:
     """Packs (prompt ids, response ids) pairs in the order given.

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from rlsp_fast.config import Config
+from rlsp_fast.config import Config, Offloaded
 from rlsp_fast.shapes import Shapes, count
 
 GIB = 2**30
-Offload = Literal["adam", "critic", "reference"]
-OFFLOADS: tuple[Offload, ...] = ("adam", "critic", "reference")
+OFFLOADED: tuple[Offloaded, ...] = ("adam", "critic", "reference")
 
 
 class PlanError(ValueError):
@@ -95,8 +94,6 @@ class Job:
     num_nodes: int = 1
     memory: int = 80 * GIB
     """Bytes of one GPU."""
-    offload: frozenset[Offload] = frozenset()
-    """Trainer states that are in host memory during generation."""
     prompt_tokens: int = 256
     """Mean, for times only."""
     response_tokens: int = 1024
@@ -119,6 +116,11 @@ class Job:
     @property
     def dtype_bytes(self) -> int:
         return 2 if self.config.model.dtype == "bfloat16" else 4
+
+    @property
+    def offload(self) -> tuple[Offloaded, ...]:
+        """Trainer states that are in host memory during generation."""
+        return () if self.config.train.offload == "auto" else self.config.train.offload
 
     @property
     def has_critic(self) -> bool:
@@ -158,11 +160,10 @@ def make_job(
     num_gpus: int = 8,
     num_nodes: int = 1,
     memory: int | None = None,
-    offload: frozenset[Offload] = frozenset(),
     prompt_tokens: int | None = None,
     response_tokens: int | None = None,
 ) -> Job:
-    """A job with the defaults that a person at the command line gets.
+    """A job with the defaults that a person at the command line gets, and a number for every setting that is `auto`.
 
     Args:
         num_gpus: of each node.
@@ -180,18 +181,18 @@ def make_job(
         if world % size:
             raise PlanError(f"{key} = {size} does not divide the number of GPUs, {world}")
     limits = config.data.max_prompt_length, config.rollout.max_response_length
-    return Job(
+    job = Job(
         config=config,
         shapes=shapes,
         gpu=GPUS[gpu],
         num_gpus=world,
         num_nodes=num_nodes,
         memory=memory or int(GPUS[gpu].memory_gib * GIB),
-        offload=offload,
         prompt_tokens=min(prompt_tokens or min(256, limits[0]), limits[0]),
         response_tokens=min(response_tokens or max(1, limits[1] // 2), limits[1]),
         assumed=Assumed(vllm_batched_tokens=8192 if gpu == "A100-80" else 16384),
     )
+    return settle(job)
 
 
 def parse_memory(text: str) -> int:
@@ -305,7 +306,7 @@ def update_peak(job: Job, kind: Literal["policy", "critic"]) -> Peak:
     2. Leaving the loss: the head's gradient as kept, and scaled.
     3. In the last layer's backward: its activations (recomputed when checkpointing) and their gradients beside the others'.
     4. Behind it: the layer's gradients, and two buffers of scattering.
-    5. At the embedding: its gradient beside the head's.
+    5. At the embedding: its gradient beside the head's, and their sum where they are one.
     6. At the end: the root's gradients in both dtypes, or in float32 whole and scattered.
     """
     shapes, c, T, n = job.shapes, job.dtype_bytes, job.micro_batch_tokens, job.shard_size
@@ -332,7 +333,7 @@ def update_peak(job: Job, kind: Literal["policy", "critic"]) -> Peak:
             logits=c * head,
         ),
         Peak(gathered=c * root + at_work + (4 + c) * layer + pending, activations=behind + 2 * T * c * D, logits=c * head),
-        Peak(gathered=c * (root + shapes.head_parameters) + 4 * layer, activations=0, logits=c * head),
+        Peak(gathered=c * (root + shapes.head_parameters + shapes.tied * head) + 4 * layer, activations=0, logits=c * head),
         Peak(gathered=4 * root + max(c * root, 4 * root // n), activations=0, logits=0),
     )
     return max(moments, key=lambda peak: peak.total)
@@ -518,7 +519,7 @@ def _phase_peak(job: Job, name: str) -> Peak:
 
 def host_bytes(job: Job) -> int:
     """Pinned host memory of one rank: what is offloaded, and at sleep level 1 vLLM's weights."""
-    full = _phase(replace(job, offload=frozenset()), "generate").parts
+    full = _phase(with_key(job, "train.offload", ()), "generate").parts
     offloaded = sum(full[part] for part in _phase(job, "generate").gone)
     level_1 = job.config.rollout.sleep_level == 1 and job.config.rollout.engine != "transformers"
     return offloaded + (engine_weights(job) if level_1 else 0)
@@ -559,7 +560,7 @@ def token_budget(job: Job, most: int = 65536) -> int:
     Raises:
         PlanError: when the longest sequence does not fit.
     """
-    longest = max(job.longest, job.config.sft.max_length if job.config.wants_sft else 0)
+    longest = _longest_trained(job)
     training = [name for name in PHASES[1:4] if name != "update critic" or job.has_critic]
 
     def fit(tokens: int) -> bool:
@@ -576,6 +577,49 @@ def token_budget(job: Job, most: int = 65536) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fit(middle * 256) else (low, middle - 1)
     return max(longest, low * 256)
+
+
+def settle(job: Job) -> Job:
+    """The job with a number for every setting that is `auto`; where none fits, the one that takes the least.
+
+    Of the states to offload, as few as fit, or more where the larger KV cache saves a tenth of a step for each.
+    """
+    config = job.config
+    chooses_kv_cache = config.rollout.kv_cache_gib == "auto"
+    if chooses_kv_cache:
+        job = with_key(job, "rollout.kv_cache_gib", kv_sequence_bytes(job) / GIB)  # the least there can be
+    if config.train.max_tokens_per_micro_batch == "auto":
+        job = with_key(job, "train.max_tokens_per_micro_batch", _longest_trained(job))
+        try:
+            job = with_key(job, "train.max_tokens_per_micro_batch", token_budget(job))
+        except PlanError:
+            pass  # the plan of the longest sequence alone shows what is missing
+    choices = [(), *_offloads(job)] if config.train.offload == "auto" else [config.train.offload]
+    settled = [with_key(job, "train.offload", choice) for choice in choices]
+    if chooses_kv_cache:
+        settled = [_largest_kv_cache(tried) for tried in settled]
+    fitting = [tried for tried in settled if fits(tried)] or settled[-1:]
+    return min(fitting, key=lambda tried: sum(step_seconds(tried).values()) * (1 + 0.1 * len(tried.offload)))
+
+
+def _largest_kv_cache(job: Job) -> Job:
+    try:
+        return with_key(job, "rollout.kv_cache_gib", kv_cache_bytes(job) / GIB)
+    except PlanError:
+        return job
+
+
+def settle_without_gpu(config: Config) -> Config:
+    """What `auto` means on a CPU: vLLM's own KV cache, nothing offloaded, and the default budget or the longest sequence."""
+    tokens = config.train.max_tokens_per_micro_batch
+    if tokens == "auto":
+        longest = config.data.max_prompt_length + config.rollout.max_response_length
+        default = type(config.train).model_fields["max_tokens_per_micro_batch"].default
+        tokens = max(default, longest, config.sft.max_length if config.wants_sft else 0)
+    kv = None if config.rollout.kv_cache_gib == "auto" else config.rollout.kv_cache_gib
+    offload = () if config.train.offload == "auto" else config.train.offload
+    train = config.train.model_copy(update={"max_tokens_per_micro_batch": tokens, "offload": offload})
+    return config.model_copy(update={"train": train, "rollout": config.rollout.model_copy(update={"kv_cache_gib": kv})})
 
 
 def with_key(job: Job, key: str, value: Any) -> Job:
@@ -686,7 +730,7 @@ def single_changes(job: Job) -> list[Change]:
     for size in _larger_tensor_parallel(job):
         add((f"rollout.tensor_parallel_size={size}",), with_key(job, "rollout.tensor_parallel_size", size))
     for states_ in _offloads(job):
-        add(_offload_words(states_), replace(job, offload=states_))
+        add(_offload_words(states_), with_key(job, "train.offload", states_))
     if job.has_reference:
         add(("algorithm.kl_coef=0", "algorithm.kl_loss_coef=0"), _without_reference(job))
     for nodes in _multiples(job)[1:4]:
@@ -729,7 +773,7 @@ def _settings(job: Job, words: tuple[str, ...]) -> Iterator[Change]:
                 tried = with_key(tried, key, value)
                 said.append(f"{key}={shown}")
         if states_ != job.offload:
-            tried = replace(tried, offload=states_)
+            tried = with_key(tried, "train.offload", states_)
             said += _offload_words(states_)
         if any(phase.total > tried.budget for phase in phases(tried) if phase.name != "generate"):
             continue
@@ -743,8 +787,13 @@ def _change(words: tuple[str, ...], job: Job) -> Change:
     return Change(words=words, job=job, seconds=sum(step_seconds(job).values()))
 
 
+def _longest_trained(job: Job) -> int:
+    """Tokens of the longest sequence that training must hold."""
+    return max(job.longest, job.config.sft.max_length if job.config.wants_sft else 0)
+
+
 def _smaller_budgets(job: Job) -> list[int]:
-    least = max(job.longest, job.config.sft.max_length if job.config.wants_sft else 0)
+    least = _longest_trained(job)
     now = job.config.train.max_tokens_per_micro_batch
     return [size for size in (now // 2, now // 4, now // 8) if size > least] + ([least] if least < now else [])
 
@@ -757,15 +806,15 @@ def _larger_tensor_parallel(job: Job) -> list[int]:
     return [s for s in (2, 4, 8) if s > job.tensor_parallel and a_node % s == 0 and job.shapes.num_heads % s == 0]
 
 
-def _offloads(job: Job) -> list[frozenset[Offload]]:
-    """More and more of the trainer's states."""
-    there = [s for s in OFFLOADS if {"adam": True, "critic": job.has_critic, "reference": job.has_reference}[s]]
-    grown = [job.offload | frozenset(there[: i + 1]) for i in range(len(there))]
-    return [states_ for states_ in grown if states_ != job.offload]
+def _offloads(job: Job) -> list[tuple[Offloaded, ...]]:
+    """More and more of the trainer's states, beyond those that are offloaded already."""
+    there = [s for s in OFFLOADED if {"adam": True, "critic": job.has_critic, "reference": job.has_reference}[s]]
+    grown = [tuple(s for s in OFFLOADED if s in job.offload or s in there[: i + 1]) for i in range(len(there))]
+    return [states_ for states_ in dict.fromkeys(grown) if set(states_) != set(job.offload)]
 
 
-def _offload_words(states_: frozenset[Offload]) -> tuple[str, ...]:
-    return (f"--offload {','.join(s for s in OFFLOADS if s in states_)}",)
+def _offload_words(states_: tuple[Offloaded, ...]) -> tuple[str, ...]:
+    return (f"train.offload={','.join(states_)}",)
 
 
 def _with_kv_cache(job: Job) -> tuple[tuple[str, ...], Job]:

@@ -3,11 +3,13 @@
 Axes: T packed positions, S sequences. The same loop serves GRPO, RLOO and REINFORCE++: they differ in `_advantages` alone.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 import torch
 from rlsp_kernels import (
@@ -25,7 +27,8 @@ from torch import Tensor
 from rlsp_fast import dist
 from rlsp_fast.config import AlgorithmConfig, Config
 from rlsp_fast.log import Timer
-from rlsp_fast.model import Critic, Policy
+from rlsp_fast.memory import ran_out
+from rlsp_fast.model import Critic, Policy, begin_anew
 from rlsp_fast.optim import Optimizer
 from rlsp_fast.packing import PackedBatch, pack, schedule
 
@@ -71,6 +74,26 @@ class MicroBatch:
     advantage_T: Tensor | None = None
     return_T: Tensor | None = None
 
+    def split(self, max_tokens: int) -> list["MicroBatch"]:
+        """The same sequences in the same order, in parts of at most max_tokens where a sequence is not longer by itself."""
+        if self.batch.num_tokens <= max_tokens:
+            return [self]
+        lengths, borders = self.batch.lengths, [0]
+        for i in range(1, len(lengths)):
+            if sum(lengths[borders[-1] : i + 1]) > max_tokens:
+                borders.append(i)
+        return [self._part(first, last) for first, last in pairwise([*borders, len(lengths)])]
+
+    def _part(self, first: int, last: int) -> "MicroBatch":
+        start, end = (sum(self.batch.lengths[:i]) for i in (first, last))
+        per_token = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_T")}
+        return MicroBatch(
+            batch=self.batch.part(first, last),
+            group=self.group[first:last],
+            reward_S=self.reward_S[first:last],
+            **{name: None if x_T is None else x_T[start:end] for name, x_T in per_token.items()},
+        )
+
 
 class PPO:
     """Policy, critic and reference with their optimizers."""
@@ -92,6 +115,8 @@ class PPO:
         self.critic, self.critic_optimizer = critic, critic_optimizer
         self.ref = ref
         self.device = device
+        self.token_budget = config.train.max_tokens_per_micro_batch
+        """Positions of a micro-batch; halved when one runs out of memory."""
         self.gae_backend = _gae_backend(device)
 
     # --- batches ------------------------------------------------------------------------------
@@ -111,7 +136,7 @@ class PPO:
         for start, end in pairwise(borders):
             chosen = samples[start:end]
             lengths = [s.num_positions for s in chosen]
-            groups = schedule(lengths, dist.world_size(), train.max_tokens_per_micro_batch)[dist.rank()]
+            groups = schedule(lengths, dist.world_size(), max(self.token_budget, *lengths))[dist.rank()]
             num_tokens = sum(len(s.response_ids) for s in chosen)
             mini_batches.append(
                 [self._micro([chosen[i] for i in g or [0]], num_tokens, len(chosen), idle=not g) for g in groups]
@@ -300,15 +325,47 @@ class PPO:
                 num_updates += 1
                 if self.critic is not None:
                     with timer("update_critic"):
-                        critic_stats.append(torch.stack([self._critic_backward(m) for m in mini_batch]).sum(0))
+                        stats = self._within_memory(mini_batch, self._critic_backward, self.critic)
+                        critic_stats.append(torch.stack(stats).sum(0))
                         norms["critic"].append(self.critic_optimizer.step())
                 if train_actor:
                     with timer("update_actor"):
-                        for m in mini_batch:
-                            stats = self._actor_backward(m)
+                        for stats in self._within_memory(mini_batch, self._actor_backward, self.policy):
                             actor_stats = stats if actor_stats is None else actor_stats.merge(stats)
                         norms["actor"].append(self.actor_optimizer.step())
         return self._update_metrics(critic_stats, actor_stats, norms, num_updates)
+
+    def _within_memory(
+        self, mini_batch: list[MicroBatch], backward: Callable[[MicroBatch], Any], model: Policy | Critic
+    ) -> list:
+        """What `backward` returns of every micro-batch. One that runs out of memory halves the budget of tokens, for good.
+
+        The mini-batch is then split and begun again without the gradients that it had: its loss is a sum over tokens, so it
+        comes out the same. On one rank only: others would wait in collectives that this one has left. (FSDP2 can begin anew
+        after an error from torch 2.13 on.)
+        """
+        while True:
+            mini_batch[:] = [part for m in mini_batch for part in m.split(self.token_budget)]
+            try:
+                return [backward(m) for m in mini_batch]
+            except RuntimeError as error:
+                if not ran_out(error) or dist.world_size() > 1 or not hasattr(model, "reset_iter_state"):
+                    raise
+                largest = max(m.batch.num_tokens for m in mini_batch)
+                longest = max(m.batch.max_seqlen for m in mini_batch)
+                if largest <= longest:  # nothing is left to split
+                    raise
+                self.token_budget = max(min(self.token_budget, largest) // 2, longest)
+                log.warning(
+                    "out of memory in a micro-batch of up to %s tokens: repeated with %s, and so from now on; set "
+                    "train.max_tokens_per_micro_batch=%d to start with that (%s)",
+                    f"{largest:,}", f"{self.token_budget:,}", self.token_budget, str(error).splitlines()[0][:200],
+                )  # fmt: skip
+            # Behind the except block: its traceback holds the activations.
+            begin_anew(model)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _critic_backward(self, m: MicroBatch) -> Tensor:
         value_T = self.critic(m.batch)

@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlsp_fast import checkpoint, data, decontaminate, dist, judge, model, monitor, sft, sync
+from rlsp_fast import budget, checkpoint, data, decontaminate, dist, judge, model, monitor, sft, sync
 from rlsp_fast import log as logs
 from rlsp_fast.config import Config, ConfigError, dump, leaf_keys, load
 from rlsp_fast.data import Demonstration, Problem
@@ -108,6 +108,7 @@ def _evaluate_only(config: Config, device: torch.device) -> Path:
     folder = Path(config.output.dir)
     _make_folder(folder)
     check_context(config)
+    config = budget.settle(config, device)
     tokenizer = model.load_tokenizer(config.model.path)
     problems = _problems(config, config.data.validation, "held-out", tokenizer)[: config.data.validation_size or None]
     with Scorer(config.reward) as scorer, closing(make_engine(config, config.model.path, tokenizer, device)) as engine:
@@ -121,7 +122,8 @@ class _Run:
     """The stages of one run. The constructor checks what can be checked before anything is loaded."""
 
     def __init__(self, config: Config, device: torch.device, stop: list[int], *, with_sft: bool, with_rl: bool):
-        self.config, self.device, self.stop, self.with_rl = config, device, stop, with_rl
+        self.asked, self.device, self.stop, self.with_rl = config, device, stop, with_rl
+        config = self.config = budget.settle(config, device)
         self.folder = Path(config.output.dir)
         self.sft_path = self.folder / "sft" / "huggingface"
         self.mesh = dist.mesh(device, config.train.fsdp_shard_size)
@@ -137,7 +139,7 @@ class _Run:
         _make_folder(self.folder)
         self.progress = Progress.read(self.folder)
         self.with_sft = with_sft and config.wants_sft and not self.progress.sft_done
-        check_resume(config, self.folder, self.progress)
+        check_resume(self.asked, self.folder, self.progress)
         self.tokenizer = model.load_tokenizer(config.model.path)
 
     def go(self) -> Path:
@@ -157,7 +159,7 @@ class _Run:
                 engine = Colocated(engine, config.train.max_memory_growth_gib)
                 stack.callback(engine.close)
             if dist.rank() == 0:  # everything loads: from here on this is the run in this folder
-                (self.folder / "config.toml").write_text(dump(config))
+                (self.folder / "config.toml").write_text(dump(self.asked))
             if self.with_sft:
                 self._evaluate("before SFT", 0, policy, engine, scorer, held_out)
                 self._sft(policy, engine, demonstrations, demonstrations_val)
@@ -233,12 +235,14 @@ class _Run:
         ppo, trained = self._build_ppo(policy)
         if first:
             checkpoint.load(self.folder, first, trained)
+        engine.offload = budget.offload(config, ppo)
         sync.push(policy, engine, self.dtype)
         watch = self._watch(first)
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
-                metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train)
+                with budget.explaining(engine, config, self.device):
+                    metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train)
                 metrics |= behaviours(rollouts, scores, self.label, self.monitors)
                 done, last = step + 1, step + 1 == total
                 alarm = self._alarm(watch, done, metrics)
@@ -252,8 +256,7 @@ class _Run:
                 elapsed = time.perf_counter() - start
                 run_log.line(_progress(done, total, elapsed / (done - first) * (total - done), metrics))
                 if last or stopped or (config.output.save_every and done % config.output.save_every == 0):
-                    path = checkpoint.save(self.folder, done, trained)
-                    self._export(policy, done)
+                    path = self._save(done, policy, engine, trained)
                     if alarm is not None and not last:
                         raise AlarmedError(f"{alarm.detector}: {_goodbye('RL step', done, total, path)}")
                     if stopped and not last:
@@ -302,6 +305,18 @@ class _Run:
         if a.kl_coef or a.kl_loss_coef:
             ref = model.build(Policy, config.model, ref_path, self.device, self.mesh, trained=False)
         return PPO(config, policy, actor_optimizer, critic, critic_optimizer, ref, self.device), trained
+
+    def _save(
+        self, step: int, policy: Policy, engine: Colocated, trained: dict[str, tuple[torch.nn.Module, Optimizer]]
+    ) -> Path:
+        """A checkpoint and a Hugging Face folder. Offloaded states must come back to be saved, so the engine sleeps for it."""
+        if engine.offload is not None:
+            engine.sleep()
+        path = checkpoint.save(self.folder, step, trained)
+        self._export(policy, step)
+        if engine.offload is not None:
+            sync.push(policy, engine, self.dtype)
+        return path
 
     def _export(self, policy: Policy, step: int) -> None:
         path = self.folder / "huggingface" / f"step_{step}"

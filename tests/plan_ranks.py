@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import tiny
@@ -93,9 +94,9 @@ def _train(module: Policy | Critic, kind: str, job: plan.Job, states: plan.State
             live.add(parameter)
         loss().backward()
         gc.collect()
-        standing = live.now()
+        standing = settled(live)
         kept = loss()
-        behind_forward = live.now() - standing
+        behind_forward = settled(live) - standing
         live.peak = 0
         kept.backward()
         update_peak = live.peak - standing
@@ -118,6 +119,14 @@ def _train(module: Policy | Critic, kind: str, job: plan.Job, states: plan.State
         "peak of an update": (plan.update_peak(job, kind).total, max(update_peak, behind_forward)),
         "peak of annotating": (plan.annotate_peak(job, kind).total, annotate_peak),
     }
+
+
+def settled(live: LiveBytes) -> int:
+    """Bytes alive once gloo's threads have let go of what they sent: the least within a moment."""
+    if torch.distributed.get_backend() != "gloo" or dist.world_size() == 1:
+        return live.now()
+    dist.barrier()
+    return min(live.now() for _ in range(25) if time.sleep(0.02) is None)
 
 
 def bytes_of(tensors) -> int:

@@ -30,7 +30,9 @@ class Device:
 
     def take(self, who: str, size: int) -> None:
         if sum(self.held.values()) + size > self.size:
-            raise OutOfMemory(f"{who} wants {size} bytes, {self.size - sum(self.held.values())} are free: {self.held}")
+            raise OutOfMemory(
+                f"out of memory: {who} wants {size} bytes, {self.size - sum(self.held.values())} are free: {self.held}"
+            )
         self.held[who] = self.held.get(who, 0) + size
         self.peak = max(self.peak, sum(self.held.values()))
 

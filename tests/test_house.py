@@ -15,6 +15,7 @@ LAYERS = [  # a module may import only from rows above its own
     {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
     {"reward", "decontaminate", "monitor", "log", "model", "rollout", "optim", "memory", "shapes"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert", "plan"},
+    {"budget"},
     {"train", "demo", "doctor"},
     {"__main__"},
 ]

@@ -1,5 +1,7 @@
 """Taking turns on a device: the order of a step, its ledger, trainer states on the host, and what a wrong order does."""
 
+import gc
+import logging
 import subprocess
 import sys
 import time
@@ -13,10 +15,12 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlsp_fast import budget, data, dist, memory, model, sync, train
 from rlsp_fast import config as configs
-from rlsp_fast import data, dist, memory, model, sync, train
 from rlsp_fast.log import read_rows
-from rlsp_fast.memory import Colocated, Entry, Ledger, MemoryGrowthError, Offload, OrderError
+from rlsp_fast.memory import Colocated, DeviceMemoryError, Entry, Ledger, MemoryGrowthError, Offload, OrderError
+from rlsp_fast.optim import Optimizer
+from rlsp_fast.ppo import PPO
 from rlsp_fast.rollout import Sampling
 from rlsp_fast.types import Problem
 
@@ -230,7 +234,9 @@ def test_offloaded_states_come_back_as_they_were_and_are_gone_in_between(config,
 
     before = [s.to_local().clone() for s in states()]
     offload = Offload(states)
-    freed = offload.to_host()
+    offload.start()
+    assert all(torch.equal(s.to_local(), old) for s, old in zip(states(), before, strict=True))  # readable until finish
+    freed = offload.finish()
     assert freed == sum(s.nbytes for s in before)
     assert all(s.to_local().untyped_storage().nbytes() == 0 for s in states())
     offload.to_device()
@@ -238,14 +244,123 @@ def test_offloaded_states_come_back_as_they_were_and_are_gone_in_between(config,
     adam.step()  # the optimizer still points at them
 
 
+class Generating(PoisonEngine):
+    """Notes, whenever it generates, the bytes that Adam's moments, critics and references hold on the device."""
+
+    def generate(self, *args, **options):
+        found = gc.get_objects()
+        moments = [m for o in found if isinstance(o, Optimizer) for m in o.moments()]
+        models = [p for o in found if isinstance(o, PPO) for m in (o.critic, o.ref) for p in m.parameters()]
+        self.held_meanwhile.append(sum(t.to_local().untyped_storage().nbytes() for t in [*moments, *models]))
+        return super().generate(*args, **options)
+
+
+@pytest.mark.parametrize("states", [("adam",), ("adam", "critic", "reference")], ids=str)
+def test_a_run_that_offloads_learns_the_same_and_holds_nothing_of_it_while_generating(
+    states, config, device, tmp_path, monkeypatch
+):
+    rows = {}
+    for offload in ((), states):
+        made = []
+
+        def make_engine(config, path, tokenizer, device, made=made):
+            made.append(Generating(config, path, tokenizer, device, room=Device(10**9), kv_bytes=KV))
+            made[-1].held_meanwhile = []
+            return made[-1]
+
+        monkeypatch.setattr(train, "make_engine", make_engine)
+        folder = tmp_path / "-".join(["run", *offload])
+        for steps in (2, 3):  # the second call continues from a checkpoint of states that were away
+            changed = {"steps": steps, "offload": offload}
+            train.run(
+                config.model_copy(
+                    update={
+                        "train": config.train.model_copy(update=changed),
+                        "output": config.output.model_copy(update={"dir": str(folder)}),
+                    }
+                ),
+                with_sft=False,
+                with_rl=True,
+            )
+            gc.collect()
+        kept = [
+            {k: v for k, v in row.items() if not k.startswith(("timing", "perf", "memory"))}
+            for row in read_rows(folder / "metrics.jsonl")
+        ]
+        rows[offload] = kept
+        edges = {key for row in read_rows(folder / "metrics.jsonl") for key in row if "states" in key and "timing" in key}
+        assert edges == ({"timing_s/swap/fetch_states", "timing_s/swap/offload_states"} if offload else set())
+        held = [held for engine in made for held in engine.held_meanwhile]
+    assert len(kept) == 3 and rows[()] == rows[states]
+    if len(states) == 3:
+        assert held == [0] * len(held)
+    else:
+        assert held[-1] > 0  # the critic's
+
+
 def test_offloading_shared_storage_moves_it_once():
     layer = nn.Linear(8, 8)
     offload = Offload(lambda: [layer.weight.data, layer.weight.data])
+    offload.start()
+    assert offload.finish() == layer.weight.nbytes
     with pytest.raises(AssertionError, match="already on the host"):
-        offload.to_host()
-        offload.to_host()
+        offload.start()
     offload.to_device()
     assert layer(torch.ones(1, 8)).isfinite().all()
+
+
+# What auto becomes, and memory that runs out
+
+
+def test_on_a_cpu_auto_is_the_engines_cache_and_nothing_is_offloaded_and_it_is_said(config, device, caplog):
+    tree = config.model_dump(mode="json")
+    tree["rollout"]["kv_cache_gib"] = tree["train"]["max_tokens_per_micro_batch"] = "auto"
+    asked = configs.check(tree)
+    with caplog.at_level(logging.INFO):
+        settled = budget.settle(asked, device)
+    assert (settled.rollout.kv_cache_gib, settled.train.max_tokens_per_micro_batch, settled.train.offload) == (None, 16384, ())
+    said = "rollout.kv_cache_gib = vLLM's own, train.max_tokens_per_micro_batch = 16,384, train.offload = nothing"
+    assert [r.message for r in caplog.records] == [f"{said} (no GPU to plan for)"]
+    assert budget.settle(settled, device) == settled
+
+
+def test_an_allocation_that_no_machine_has_room_for_is_recognised_and_other_errors_are_not():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58)
+    assert memory.ran_out(caught.value)
+    assert memory.ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not memory.ran_out(RuntimeError("shapes differ")) and not memory.ran_out(ValueError("out of memory"))
+
+
+def test_memory_that_runs_out_when_the_engine_wakes_ends_the_run_with_the_ledger_and_advice(
+    config,
+    device,
+    tmp_path,
+    monkeypatch,
+):
+    room = Device(10**9)
+
+    class Shrinking(PoisonEngine):
+        """After the first step somebody else takes what is free on its device."""
+
+        def sleep(self):
+            super().sleep()
+            if self.verbs.count("sleep") == 3:
+                self.room.size = self.weight_bytes + 10
+
+    monkeypatch.setattr(train, "make_engine", lambda *args: Shrinking(*args, room=room, kv_bytes=KV))
+    settings = config.model_copy(update={"output": config.output.model_copy(update={"dir": str(tmp_path / "run")})})
+    with pytest.raises(DeviceMemoryError) as caught:
+        train.run(settings, with_sft=False, with_rl=True)
+    message = str(caught.value)
+    assert message.startswith("out of memory after ") and "push wants" in message
+    assert "allocated" in message and "wait_ranks" in message and "\nnow " in message  # the ledger
+    assert "lower train.max_tokens_per_micro_batch" in message and "continues from the last checkpoint" in message
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(engine, config, device):
+    with pytest.raises(RuntimeError, match="shapes differ"), budget.explaining(Colocated(engine), config, device):
+        raise RuntimeError("shapes differ")
 
 
 # Gathering

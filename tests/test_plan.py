@@ -48,7 +48,8 @@ PUBLISHED = {
 
 
 def job(recipe="llama-3.1-8b-math-paper", *overrides, **machine):
-    config = configs.load(recipe, overrides)
+    """Nothing offloaded unless the overrides say so."""
+    config = configs.load(recipe, ["train.offload=[]", *overrides])
     return plan.make_job(config, shapes.read(config.model.path), **machine)
 
 
@@ -206,7 +207,7 @@ def test_what_sleeps_is_where_the_order_of_a_step_puts_it():
 
 
 def test_offloaded_states_leave_generation_and_return_to_training():
-    offloaded = job(offload=frozenset(("adam", "critic", "reference")))
+    offloaded = job("llama-3.1-8b-math-paper", "train.offload=adam,critic,reference")
     before, after = ({p.name: p for p in plan.phases(j)} for j in (job(), offloaded))
     moved = before["generate"].total - after["generate"].total
     assert moved == plan.host_bytes(offloaded) > 10 * GIB
@@ -274,6 +275,35 @@ def test_a_longest_sequence_that_cannot_be_trained_is_refused():
         plan.token_budget(job("llama-3.1-8b-math-paper", "model.activation_checkpointing=false", memory=40 * GIB))
 
 
+def test_what_is_auto_becomes_the_numbers_that_fit():
+    auto = ("train.max_tokens_per_micro_batch=auto", "rollout.kv_cache_gib=auto")
+    settled = job("llama-3.1-8b-math-paper", *auto)
+    assert plan.fits(settled) and plan.token_budget(settled) == settled.config.train.max_tokens_per_micro_batch
+    assert settled.config.rollout.kv_cache_gib * GIB == plan.kv_cache_bytes(settled)
+    none = job("llama-3.1-8b-math-paper", *auto, memory=24 * GIB)  # nothing fits: the least, for the plan to show
+    assert not plan.fits(none)
+    assert none.config.train.max_tokens_per_micro_batch == none.config.sft.max_length
+    assert none.config.rollout.kv_cache_gib * GIB == plan.kv_sequence_bytes(none)
+
+
+def test_states_are_offloaded_only_where_generation_has_no_room_for_them():
+    auto = ("train.offload=auto", "rollout.kv_cache_gib=auto", "train.max_tokens_per_micro_batch=auto")
+    roomy, tight = (job("llama-3.1-8b-math-paper", *auto, memory=gib * GIB) for gib in (80, 48))
+    assert roomy.offload == () and plan.fits(roomy)
+    assert tight.offload == ("adam",) and plan.fits(tight)
+    assert not plan.fits(plan.with_key(tight, "train.offload", ()))
+
+
+def test_without_a_gpu_auto_is_what_the_engine_and_the_lengths_say():
+    overrides = ["train.max_tokens_per_micro_batch=auto", "rollout.kv_cache_gib=auto", "rollout.max_response_length=20000"]
+    config = plan.settle_without_gpu(configs.load("llama-3.1-8b-math-paper", overrides))
+    assert config.rollout.kv_cache_gib is None and config.train.offload == ()
+    assert config.train.max_tokens_per_micro_batch == 20000 + config.data.max_prompt_length
+    short = plan.settle_without_gpu(configs.load("llama-3.1-8b-math-paper", overrides[:2]))
+    assert short.train.max_tokens_per_micro_batch == 16384
+    assert configs.check(config.model_dump(mode="json")) == config  # numbers that the checks of a recipe accept
+
+
 # --- changes ----------------------------------------------------------------------------------------
 
 
@@ -299,7 +329,6 @@ def test_the_words_of_a_change_typed_in_give_the_job_it_promises(recipe, gib):
         *overrides,
         memory=gib * GIB,
         num_nodes=int(options.get("nodes", 1)),
-        offload=frozenset(options.get("offload", "").split(",")) - {""},
     )
     assert typed == change.job and plan.fits(typed)
 
@@ -358,7 +387,7 @@ def test_overrides_may_stand_behind_options(tmp_path):
     [
         (("--gpu", "H1000"), ("--gpu H1000", "A100-80")),
         (("--gpu-memory", "many"), ("--gpu-memory many", "80GiB")),
-        (("--offload", "adm"), ("--offload adm", "adam")),
+        (("train.offload=adm",), ("train.offload", "adm", "adam")),
         (("--gpus", "6", "rollout.tensor_parallel_size=4"), ("rollout.tensor_parallel_size = 4", "6")),
         (("--gpus", "0"), ("--gpus 0",)),
         (("model.path=nobody/some-model",), ("nobody/some-model", "built-in table")),

@@ -456,6 +456,56 @@ def test_a_whole_update_follows_the_plain_one(paths, device, samples):
         assert error.norm() <= 0.01 * moved.norm(), name
 
 
+class Full:
+    """Layers of a model that run out of memory as a GPU would: on more positions than there is room for."""
+
+    def __init__(self, module, room, when):
+        self.room, self.failures = room, 0
+        first, last = module.lm.base_model.layers[0], module.lm.base_model.layers[-1]
+        if when == "forward":
+            last.register_forward_pre_hook(lambda _, args: self.check(args[0]))
+        else:  # the gradients of the last layer and of the head are there by then
+            first.register_full_backward_hook(lambda _, gradients, outputs: self.check(outputs[0]))
+
+    def check(self, hidden):
+        if hidden.shape[-2] > self.room:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_micro_batch_that_runs_out_of_memory_is_repeated_in_halves_with_the_same_result(paths, device, when, caplog):
+    config = tiny.recipe(paths[0], rollout={"n": 2}, train={"batch_size": 6, "mini_batch_size": 3, "epochs": 2})
+    results = []
+    for room in (4096, 45):
+        ppo = make_ppo(paths, device, config)
+        mini_batches = ppo.pack(tiny.samples(6, n=2))
+        ppo.annotate(mini_batches, Timer())
+        full = [Full(module, room, when) for module in (ppo.critic, ppo.policy)]
+        metrics = ppo.update(mini_batches, Timer(), train_actor=True)
+        ppo.policy.reshard(), ppo.critic.reshard()
+        weights = torch.cat([p.to_local().flatten() for module in (ppo.policy, ppo.critic) for p in module.parameters()])
+        results.append((metrics, weights.clone()))
+    (metrics, weights), (halved, halved_weights) = results
+    assert full[0].failures >= 1 and ppo.token_budget <= 45
+    assert all(m.batch.num_tokens <= 45 for part in mini_batches for m in part)
+    assert halved == pytest.approx(metrics, rel=1e-4, abs=2e-6)
+    off = (halved_weights - weights).abs()  # Adam divides by a gradient's own size: of one near 0 it makes roundings large
+    assert off.max() < 1e-4 and (off > 2e-6).float().mean() < 1e-3
+    said = [r.message for r in caplog.records if "out of memory in a micro-batch" in r.message]
+    assert len(said) == full[0].failures and f"set train.max_tokens_per_micro_batch={ppo.token_budget}" in said[-1]
+    assert len(ppo.pack(tiny.samples(6, n=2))[0]) > 1  # the next step begins with the smaller budget
+
+
+def test_a_sequence_that_does_not_fit_by_itself_ends_the_update(paths, device):
+    ppo = make_ppo(paths, device, tiny.recipe(paths[0]))
+    mini_batches = ppo.pack(tiny.samples(4))
+    ppo.annotate(mini_batches, Timer())
+    Full(ppo.critic, 5, "forward")
+    with pytest.raises(torch.OutOfMemoryError):
+        ppo.update(mini_batches, Timer(), train_actor=True)
+
+
 def test_during_critic_warmup_only_the_critic_learns(paths, device, samples):
     ppo, micros, _ = annotated(paths, device, samples)
     policy = {name: p.full_tensor().clone() for name, p in ppo.policy.named_parameters()}

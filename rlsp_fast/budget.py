@@ -1,0 +1,116 @@
+"""A run's memory on this machine: what `auto` becomes, what goes to the host, and what is said when memory runs out."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rlsp_fast import dist, plan, shapes
+from rlsp_fast.config import Config
+from rlsp_fast.memory import Colocated, DeviceMemoryError, Offload, measure, ran_out, table
+from rlsp_fast.ppo import PPO
+
+log = logging.getLogger(__name__)
+
+AUTO = ("rollout.kv_cache_gib", "train.max_tokens_per_micro_batch", "train.offload")
+"""Settings that the plan chooses where they are `auto`."""
+
+
+def settle(config: Config, device: torch.device) -> Config:
+    """The config with a number for every setting that is `auto`, by the plan for this machine; says what was chosen.
+
+    Where the plan finds that a run does not fit, it says so and goes on: the plan's constants are assumed, not measured.
+    """
+    asked = [name for name in AUTO if _value(config, name) == "auto"]
+    if device.type != "cuda":
+        settled, why = plan.settle_without_gpu(config), "no GPU to plan for"
+    else:
+        job = _job(config, device)
+        settled, why = job.config, f"rlsp plan for {dist.world_size()} x {job.gpu.name} of {job.memory / plan.GIB:.1f} GiB"
+        if not plan.fits(job):
+            highest = plan.peak(job)
+            log.warning(
+                "the plan expects %.1f GiB in %s, of %.1f: %s",
+                highest.total / plan.GIB, highest.name, job.budget / plan.GIB, advice(config, device),
+            )  # fmt: skip
+    if asked:
+        log.info("%s (%s)", ", ".join(f"{name} = {_said(_value(settled, name))}" for name in asked), why)
+    return settled
+
+
+def _value(config: Config, name: str) -> object:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _said(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value) or "nothing"
+    return "vLLM's own" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _job(config: Config, device: torch.device) -> plan.Job:
+    """This machine's, with the memory of its smallest GPU."""
+    num_nodes = max(1, dist.world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size())))
+    properties = torch.cuda.get_device_properties(device)
+    known = next((gpu for gpu in plan.GPUS if gpu.partition("-")[0] in properties.name), "H100")  # for the seconds alone
+    memory = -int(dist.max_over_ranks([-properties.total_memory])[0])
+    num_gpus = dist.world_size() // num_nodes
+    return plan.make_job(
+        config, shapes.read(config.model.path), gpu=known, num_gpus=num_gpus, num_nodes=num_nodes, memory=memory
+    )
+
+
+def advice(config: Config, device: torch.device) -> str:
+    """What makes room, as far as the plan can tell."""
+    if device.type != "cuda":
+        return "lower train.max_tokens_per_micro_batch or rollout.kv_cache_gib"
+    job = _job(config, device)
+    if plan.fits(job):
+        return (
+            "the plan expected it to fit: lower rollout.kv_cache_gib or train.max_tokens_per_micro_batch, and look at what "
+            "else runs on this GPU"
+        )
+    change = plan.cheapest_change(job)
+    return f"`rlsp plan` finds {' '.join(change.words)}" if change else "no change that `rlsp plan` knows makes it fit"
+
+
+@contextmanager
+def explaining(engine: Colocated, config: Config, device: torch.device) -> Iterator[None]:
+    """Memory that runs out in here ends the run with the step's ledger and what the plan would change.
+
+    Raises:
+        DeviceMemoryError: instead of the allocator's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        entries = engine.ledger.entries
+        where = f"after {entries[-1].edge}" if entries else "before generation"
+        said = str(error).splitlines()[0][:300]
+        raise DeviceMemoryError(
+            f"out of memory {where}: {said}\n{table([*entries, measure('now')])}\n"
+            f"{advice(config, device)}. The same command continues from the last checkpoint"
+        ) from error
+
+
+def offload(config: Config, ppo: PPO) -> Offload | None:
+    """What train.offload names, to be moved; None when it names nothing."""
+    optimizers = [optimizer for optimizer in (ppo.actor_optimizer, ppo.critic_optimizer) if optimizer is not None]
+    models = {"critic": ppo.critic, "reference": ppo.ref}
+
+    def states() -> Iterator[Tensor]:
+        for name in config.train.offload:
+            if name == "adam":
+                for optimizer in optimizers:
+                    yield from optimizer.moments()
+            elif models[name] is not None:
+                models[name].reshard()
+                yield from models[name].parameters()
+
+    return Offload(states) if config.train.offload else None
