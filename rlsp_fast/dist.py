@@ -1,10 +1,17 @@
 """Ranks: one process each, started by torchrun or alone. The same code on gloo (CPU) and NCCL (GPU)."""
 
+import json
 import os
 import re
 import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +25,7 @@ RANK_TIMEOUT_S = 1800.0
 _ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _set_alone = False
 _meeting: dist.ProcessGroup | None = None
+_watch: "_HangWatch | None" = None
 
 
 class HungRankError(RuntimeError):
@@ -48,8 +56,10 @@ def setup(timeout_s: float = RANK_TIMEOUT_S) -> torch.device:
 
 def cleanup() -> None:
     """Leaves the process group, and the environment as setup found it: a child process is no rank of ours."""
-    global _set_alone, _meeting
-    _meeting = None
+    global _set_alone, _meeting, _watch
+    if _watch is not None:
+        _watch.stop()
+    _meeting = _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
     if _set_alone:
@@ -112,6 +122,83 @@ def gather_objects(value: object) -> list:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def watch(limit_s: float = RANK_TIMEOUT_S, interval_s: float = 10.0) -> None:
+    """From here on, a rank that the others have waited for longer than limit_s ends the run, named with its phase.
+
+    A collective that times out says neither, and NCCL's waits on the device, where nothing can be caught. On one rank: nothing.
+    """
+    global _watch
+    if world_size() > 1 and _watch is None:
+        _watch = _HangWatch(limit_s, interval_s)
+
+
+def enter(phase: str) -> None:
+    """Tells the watch what this rank does now. Every rank must enter the same phases in the same order."""
+    if _watch is not None:
+        _watch.enter(phase)
+
+
+class _HangWatch:
+    """A thread that publishes this rank's phase, and compares those of all ranks when this one waits for too long."""
+
+    def __init__(self, limit_s: float, interval_s: float):
+        self.limit_s, self.interval_s = limit_s, interval_s
+        self.at = (0, "start", time.monotonic())  # one tuple, replaced whole: the thread reads it at any moment
+        # A connection of its own: the process group's may be taken by the collective that hangs.
+        self.store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60)
+        )
+        self.main = threading.main_thread().ident
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
+        self.thread.start()
+
+    def enter(self, phase: str) -> None:
+        self.at = (self.at[0] + 1, phase, time.monotonic())
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        beat, looks = 0, deque(maxlen=3)
+        while not self.stopped.wait(self.interval_s):
+            count, phase, since = self.at
+            waited, beat = time.monotonic() - since, beat + 1
+            place = traceback.extract_stack(sys._current_frames()[self.main])[-1]
+            mine = {"count": count, "phase": phase, "waited": waited, "beat": beat}
+            mine["where"] = f"{Path(place.filename).name}:{place.lineno} {place.name}"
+            self.store.set(f"rlsp_fast/{rank()}", json.dumps(mine))
+            if waited <= self.limit_s:
+                looks.clear()
+                continue
+            looks.append(self._look())
+            if len(looks) == looks.maxlen and (message := self._verdict(count, looks[0], looks[-1])):
+                print(f"rlsp: {message}", file=sys.stderr, flush=True)
+                os._exit(3)  # nothing in this process can be waited for
+
+    def _verdict(self, count: int, before: dict[int, dict], now: dict[int, dict]) -> str | None:
+        """Who is behind this rank, by two looks at all; None when nobody is, or when a rank before this one will say it."""
+        silent = [r for r in now if now[r]["beat"] == before[r]["beat"] and r != rank()]
+        behind = [r for r in now if now[r]["count"] < count or r in silent]
+        if not behind or rank() != min(set(now) - set(behind)):
+            return None
+        who = "; ".join(
+            f"rank {r} hangs in {now[r]['phase']} at {now[r]['where']}, for {now[r]['waited']:,.0f} s"
+            + (", and does not even answer" if r in silent else "")
+            for r in behind
+        )
+        return f"{who}. The others wait in {now[rank()]['phase']} at {now[rank()]['where']}; rank {rank()} gave up"
+
+    def _look(self) -> dict[int, dict]:
+        found = {}
+        for r in range(world_size()):
+            key = f"rlsp_fast/{r}"
+            never = {"count": -1, "phase": "start", "waited": 0.0, "beat": 0, "where": "an unknown place"}
+            found[r] = json.loads(self.store.get(key)) if self.store.check([key]) else never
+        return found
 
 
 def meet(phase: str, timeout_s: float = RANK_TIMEOUT_S) -> None:

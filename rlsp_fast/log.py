@@ -47,10 +47,12 @@ class Timer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
+        dist.enter(phase)
         with nvtx.annotate(phase, domain="rlsp_fast"):
             yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # a phase ends when the device has done its work, not when it was asked to
+        dist.enter(f"what follows {phase}")
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:

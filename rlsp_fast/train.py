@@ -97,6 +97,7 @@ def run(config: Config, *, with_sft: bool, with_rl: bool) -> Path:
         AlarmedError: after a detector that stops the run, with everything saved.
     """
     device = dist.setup()
+    dist.watch()
     logs.setup()
     if not (with_sft or with_rl):
         return _evaluate_only(config, device)

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -454,6 +455,62 @@ except dist.HungRankError as error:
     import os
     os._exit(7)
 """
+
+
+PHASES = """
+import sys, time
+import torch
+from rlsp_fast import dist
+from rlsp_fast.log import Timer
+
+def update_actor():
+    if dist.rank() == 1 and sys.argv[1] == "asleep":
+        time.sleep(60)
+    if dist.rank() == 1 and sys.argv[1] == "deaf":  # keeps the interpreter to itself: no thread of it runs
+        import ctypes
+        ctypes.PyDLL(None).sleep(60)
+    if dist.rank() == 0 and sys.argv[1] == "slow":
+        time.sleep(5)
+
+dist.setup()
+dist.watch(limit_s=2, interval_s=0.25)
+timer = Timer()
+for _ in range(3):
+    with timer("gen"):
+        dist.barrier()
+with timer("update_actor"):
+    update_actor()
+    if sys.argv[1] == "slow":
+        dist.barrier()
+with timer("update_weights"):
+    dist.barrier()
+print("came through", flush=True)
+dist.cleanup()
+"""
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        ("asleep", r"rlsp: rank 1 hangs in update_actor at phases\.py:\d+ update_actor, for \d+ s\. "),
+        ("deaf", r"rlsp: rank 1 hangs in \w+ at .*, for \d+ s, and does not even answer\. "),
+    ],
+)
+def test_a_rank_that_hangs_within_a_phase_is_named_with_the_place_in_the_code(tmp_path, how, says):
+    script = tmp_path / "phases.py"
+    script.write_text(PHASES)
+    start = time.perf_counter()
+    done = torchrun(script, how)
+    waits = r"The others wait in update_weights at \S+ \w+; rank 0 gave up"
+    assert done.returncode != 0 and re.search(says + waits, done.stderr), done.stderr[-6000:]
+    assert time.perf_counter() - start < 45
+
+
+def test_ranks_that_are_slow_together_are_left_alone(tmp_path):
+    script = tmp_path / "phases.py"
+    script.write_text(PHASES)
+    done = torchrun(script, "slow")
+    assert done.returncode == 0 and done.stdout.count("came through") == 2, done.stderr[-2000:]
 
 
 def torchrun(script, *args):
