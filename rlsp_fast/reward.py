@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from rlsp_fast.config import RewardConfig
 from rlsp_fast.judge import Judge, JudgeError, Judgement, load_settings
+from rlsp_fast.repetition import repeated_share
 from rlsp_fast.types import Problem, Rollout, Score
 from rlsp_fast.verifier import Verdict, Verifier
 
@@ -65,35 +66,6 @@ def reasoning_length(text: str) -> float:
     r"""Tokens of four characters before the first \boxed, or of the whole text without one."""
     box = _BOX.search(text)
     return (box.start() if box else len(text)) / CHARACTERS_PER_TOKEN
-
-
-def repeated_share(ids: Sequence[int], ngram: int) -> float:
-    """Share of the tokens that stand in a run of `ngram` tokens that occurred before in the same response; in [0, 1).
-
-    A loop counts from its second turn on, whatever its period, once that turn is `ngram` tokens long or goes on. A run
-    that differs in one token every `ngram` does not count.
-
-    Args:
-        ids: Response tokens.
-        ngram: Tokens; long enough that honest work, which restates its formulas, stays near 0.
-
-    Cost:
-        O(len(ids) * ngram).
-
-    Source:
-        The share of n-grams that are not distinct, seq-rep-n (Welleck et al., arXiv 1908.04319), here of the tokens that
-        they cover, so that a copied passage counts in full.
-    """
-    seen: set[tuple[int, ...]] = set()
-    covered = end = 0  # every token before `end` that repeats is counted
-    for stop in range(ngram, len(ids) + 1):
-        run = tuple(ids[stop - ngram : stop])
-        if run in seen:
-            covered += stop - max(end, stop - ngram)
-            end = stop
-        else:
-            seen.add(run)
-    return covered / len(ids) if ids else 0.0
 
 
 def repetition_exploration(length: float, repeated: float, c: float, minimum: float) -> float:

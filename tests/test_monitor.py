@@ -11,7 +11,6 @@ import pytest
 
 from rlsp_fast.config import leaf_keys
 from rlsp_fast.monitor import Behaviours, Change, Monitor, MonitorError, load, rates, tally
-from rlsp_fast.repetition import repeated_share
 
 SHIPPED = load()
 HERE = Path(__file__).parent
@@ -186,23 +185,6 @@ def test_any_callable_can_label_the_responses():
     metrics = rates(tally(["ab", ""], [[1], [1]], [True, True], judge, SHIPPED))
     assert metrics["behaviour/backtracking"] == 0.5 and metrics["behaviour/backtracking/count"] == 1
     assert metrics["behaviour/any"] == 0.5 and metrics["behaviour/alternatives"] == 0
-
-
-@pytest.mark.parametrize(
-    "ids, ngram, repeated",
-    [
-        ([], 3, 0),
-        ([1, 1], 3, 0),
-        ([1, 2, 3, 4], 2, 0),
-        ([1, 2, 3, 1, 2, 3], 3, 3),
-        ([1, 2, 3, 4, 0, 1, 2, 3, 4], 3, 4),
-        ([7] * 10, 3, 9),
-        ([1, 2] * 5, 3, 8),
-        (["la"] * 4, 1, 3),
-    ],
-)
-def test_repetition_is_the_share_of_tokens_in_a_run_that_occurred_before(ids, ngram, repeated):
-    assert repeated_share(ids, ngram) == pytest.approx(repeated / max(1, len(ids)))
 
 
 # --- series -----------------------------------------------------------------------------------
