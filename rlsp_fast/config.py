@@ -69,8 +69,10 @@ class RolloutConfig(_Section):
     """auto: vLLM where it imports, else transformers."""
     n: Positive = 1
     """Responses sampled per problem (K)."""
-    dynamic_sampling: Literal["off", "drop", "refill"] = "off"
-    """Problems whose responses are all right or all wrong: trained on, dropped, or replaced until the batch is full."""
+    dynamic_sampling: Literal["off", "downweight", "drop", "refill"] = "off"
+    """Problems whose responses are all right or all wrong count in full, less, not, or are replaced until the batch is full."""
+    sampling_weight: Annotated[float, Field(ge=0.001, le=1)] = 0.25
+    """With dynamic_sampling = downweight, what such a problem counts in the losses of policy and critic; a mixed one: 1."""
     sampling_rounds: Positive = 4
     """With dynamic_sampling = refill, at most this many rounds of generation a step; then the step trains on what it has."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
@@ -279,7 +281,7 @@ class Config(_Section):
             )
         if r.dynamic_sampling != "off" and r.n < 2:
             raise ValueError(
-                f"rollout.dynamic_sampling = {r.dynamic_sampling} drops problems whose responses all fare alike, and one "
+                f"rollout.dynamic_sampling = {r.dynamic_sampling} looks for problems whose responses all fare alike, and one "
                 f"alone always does: want rollout.n >= 2, got {r.n}"
             )
         longest = self.data.max_prompt_length + r.max_response_length

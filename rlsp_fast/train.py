@@ -9,7 +9,7 @@ import resource
 import shlex
 import signal
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -327,8 +327,8 @@ def rl_step(
     timer = Timer()
     start = time.perf_counter()
     t = config.train
-    rollouts, scores, slots, kept, sampled = _sample_problems(config, step, engine, scorer, train, timer)
-    if not kept:
+    rollouts, scores, slots, weights, sampled = _sample_problems(config, step, engine, scorer, train, timer)
+    if not weights:
         log.log(
             logging.WARNING if dist.rank() == 0 else logging.INFO,
             "step %d updates nothing: the responses to each of its %d problems are all right or all wrong. Look at "
@@ -340,7 +340,7 @@ def rl_step(
         metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / timer.seconds["step"] / dist.world_size()
         return metrics, rollouts, scores
     with timer("pack"):
-        mini_batches = ppo.pack(_gather_samples(rollouts, scores, slots, config.rollout.n, kept))
+        mini_batches = ppo.pack(_gather_samples(rollouts, scores, slots, config.rollout.n, weights))
     with timer("sleep"):
         engine.sleep()
     metrics = sampled | ppo.annotate(mini_batches, timer)
@@ -365,14 +365,15 @@ def rl_step(
 
 def _sample_problems(
     config: Config, step: int, engine: Colocated, scorer: Scorer, train: Sequence[Problem], timer: Timer
-) -> tuple[list[Rollout], list[Score], list[int], set[int], dict[str, float]]:
+) -> tuple[list[Rollout], list[Score], list[int], dict[int, float], dict[str, float]]:
     """Generates and scores a step's responses, in rounds where rollout.dynamic_sampling = refill.
 
     The first round's problems are those that every run with this seed has at this step; later rounds draw from an order of
     the step's own, never a problem that the step has tried. A slot counts the problems of a step through its rounds.
 
     Returns:
-        This rank's rollouts, scores and slots (one per problem); the slots to train on, the same on every rank; counts.
+        This rank's rollouts, scores and slots (one per problem); what each slot to train on counts, the same on every rank;
+        counts.
     """
     t, r = config.train, config.rollout
     rollouts: list[Rollout] = []
@@ -398,15 +399,18 @@ def _sample_problems(
         wanted = min(t.batch_size, math.ceil(1.5 * missing * len(num_right) / max(len(mixed), 1)))
         order = data.batch(range(len(train)), seed=(t.seed << 24) + step, step=0, batch_size=len(train))
         chosen = [i for i in order if i not in tried][:wanted]
-    kept = sorted(num_right) if r.dynamic_sampling == "off" else mixed[: t.batch_size]
+    kept = sorted(num_right) if r.dynamic_sampling in ("off", "downweight") else mixed[: t.batch_size]
+    less = set(kept).difference(mixed) if r.dynamic_sampling == "downweight" else set()
+    weights = {slot: r.sampling_weight if slot in less else 1.0 for slot in kept}
     counts = {
         "sampling/problems": len(num_right),
         "sampling/all_right": sum(right == r.n for right in num_right.values()),
         "sampling/all_wrong": sum(right == 0 for right in num_right.values()),
         "sampling/kept": len(kept),
+        "sampling/downweighted": len(less),
         "sampling/rounds": num_rounds,
     }
-    return rollouts, scores, mine, set(kept), counts if r.n > 1 else {}
+    return rollouts, scores, mine, weights, counts if r.n > 1 else {}
 
 
 def _generate(
@@ -426,9 +430,9 @@ def _generate(
 
 
 def _gather_samples(
-    rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int, kept: Container[int]
+    rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int, weights: Mapping[int, float]
 ) -> list[Sample]:
-    """The samples of all ranks in slot order, the same on every rank; of the slots kept."""
+    """The samples of all ranks in slot order, the same on every rank; of the slots that have a weight."""
     mine = [
         Sample(
             group=slots[i // n],
@@ -436,9 +440,10 @@ def _gather_samples(
             response_ids=rollout.response_ids,
             rollout_logprob=rollout.rollout_logprob,
             reward=score.reward,
+            weight=weights[slots[i // n]],
         )
         for i, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
-        if slots[i // n] in kept
+        if slots[i // n] in weights
     ]
     return sorted((s for part in dist.gather_objects(mine) for s in part), key=lambda s: s.group)
 
