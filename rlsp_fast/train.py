@@ -9,7 +9,7 @@ import resource
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -131,7 +131,6 @@ class _Run:
         if uses_judge(config.reward):
             judge.load_settings(config.reward.judge)  # refuses what cannot be used
         self.monitors = monitor.load(config.train.monitors)
-        self.label = monitor.Behaviours(self.monitors)
         if with_rl or config.data.validation:
             check_context(config)
         _make_folder(self.folder)
@@ -148,8 +147,9 @@ class _Run:
         demonstrations = self._demonstrations(config.sft.train, held_out) if self.with_sft else []
         demonstrations_val = self._demonstrations(config.sft.validation) if self.with_sft else []
         start_path = str(self.sft_path) if progress.sft_done else config.model.path
-        policy = model.build(Policy, config.model, start_path, self.device, self.mesh)
         with ExitStack() as stack:
+            labeller = stack.enter_context(closing(monitor.labeller(self.monitors)))
+            policy = model.build(Policy, config.model, start_path, self.device, self.mesh)
             scorer = stack.enter_context(Scorer(config.reward))
             engine = None
             if self.with_rl or held_out:
@@ -167,7 +167,7 @@ class _Run:
                 after_sft = self.with_sft or progress.sft_done
                 self._evaluate("after SFT" if after_sft else "before RL", 0, policy, engine, scorer, held_out)
             if self.with_rl:
-                self._rl(policy, engine, scorer, train, held_out)
+                self._rl(policy, engine, scorer, labeller, train, held_out)
         write_report(self.folder, config)
         return self.folder
 
@@ -227,7 +227,15 @@ class _Run:
         checkpoint.export(policy, self.tokenizer, self.sft_path, config)
         log.info("SFT checkpoint: %s", self.sft_path)
 
-    def _rl(self, policy: Policy, engine: Colocated, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
+    def _rl(
+        self,
+        policy: Policy,
+        engine: Colocated,
+        scorer: Scorer,
+        labeller: monitor.Labeller,
+        train: list[Problem],
+        held_out: list[Problem],
+    ) -> None:
         config, first, total = self.config, self.progress.rl_steps, self.config.train.steps
         engine.sleep()  # critic and reference are built where its KV cache was
         ppo, trained = self._build_ppo(policy)
@@ -238,8 +246,8 @@ class _Run:
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
-                metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train)
-                metrics |= behaviours(rollouts, scores, self.label, self.monitors)
+                metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, labeller, train)
+                metrics |= behaviours(rollouts, scores, labeller, self.monitors)
                 done, last = step + 1, step + 1 == total
                 alarm = self._alarm(watch, done, metrics)
                 stopped = self._stopped() or alarm is not None
@@ -317,17 +325,23 @@ class _Run:
 
 
 def rl_step(
-    config: Config, step: int, ppo: PPO, engine: Colocated, scorer: Scorer, train: Sequence[Problem]
+    config: Config,
+    step: int,
+    ppo: PPO,
+    engine: Colocated,
+    scorer: Scorer,
+    labeller: monitor.Labeller,
+    train: Sequence[Problem],
 ) -> tuple[dict[str, float], list[Rollout], list[Score]]:
     """Generate, score, annotate, update, push. Returns metrics of all ranks and this rank's rollouts and scores.
 
-    With dynamic sampling, metrics of rewards and lengths are those of everything generated; where nothing was kept, the step
-    updates nothing.
+    The labeller has been told of every response and may still be at work. With dynamic sampling, metrics of rewards and
+    lengths are those of everything generated; where nothing was kept, the step updates nothing.
     """
     timer = Timer()
     start = time.perf_counter()
     t = config.train
-    rollouts, scores, slots, weights, sampled = _sample_problems(config, step, engine, scorer, train, timer)
+    rollouts, scores, slots, weights, sampled = _sample_problems(config, step, engine, scorer, labeller, train, timer)
     if not weights:
         log.log(
             logging.WARNING if dist.rank() == 0 else logging.INFO,
@@ -364,7 +378,13 @@ def rl_step(
 
 
 def _sample_problems(
-    config: Config, step: int, engine: Colocated, scorer: Scorer, train: Sequence[Problem], timer: Timer
+    config: Config,
+    step: int,
+    engine: Colocated,
+    scorer: Scorer,
+    labeller: monitor.Labeller,
+    train: Sequence[Problem],
+    timer: Timer,
 ) -> tuple[list[Rollout], list[Score], list[int], dict[int, float], dict[str, float]]:
     """Generates and scores a step's responses, in rounds where rollout.dynamic_sampling = refill.
 
@@ -385,7 +405,8 @@ def _sample_problems(
     for num_rounds in count(1):
         first = len(num_right)
         slots = range(first + dist.rank(), first + len(chosen), dist.world_size())
-        new, new_scores = _generate(config, step, engine, scorer, [train[chosen[i - first]] for i in slots], slots, timer)
+        problems = [train[chosen[i - first]] for i in slots]
+        new, new_scores = _generate(config, step, engine, scorer, labeller, problems, slots, timer)
         rights = {slot: sum(s.correct for s in new_scores[i * r.n : (i + 1) * r.n]) for i, slot in enumerate(slots)}
         for part in dist.gather_objects(rights):
             num_right |= part
@@ -414,16 +435,28 @@ def _sample_problems(
 
 
 def _generate(
-    config: Config, step: int, engine: Colocated, scorer: Scorer, problems: list[Problem], slots: Sequence[int], timer: Timer
+    config: Config,
+    step: int,
+    engine: Colocated,
+    scorer: Scorer,
+    labeller: monitor.Labeller,
+    problems: list[Problem],
+    slots: Sequence[int],
+    timer: Timer,
 ) -> tuple[list[Rollout], list[Score]]:
     """This rank's responses to its problems, and what they earned."""
     scoring: dict[int, Future[Score]] = {}
+
+    def finished(rollout: Rollout) -> None:  # overlaps generation
+        scoring[id(rollout)] = scorer.submit(rollout)
+        labeller.submit(rollout)
+
     with timer("gen"):
         rollouts = engine.generate(
             problems,
             _sampling(config, n=config.rollout.n, seed=(config.train.seed << 24) + step),
             slots=slots,
-            on_finish=lambda rollout: scoring.__setitem__(id(rollout), scorer.submit(rollout)),  # overlaps generation
+            on_finish=finished,
         )
     with timer("reward"):
         return rollouts, [scoring[id(rollout)].result() for rollout in rollouts]
@@ -474,12 +507,14 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], config: Confi
 
 
 def behaviours(
-    rollouts: Sequence[Rollout], scores: Sequence[Score], label: Callable[[str], monitor.Labels], monitors: monitor.Settings
+    rollouts: Sequence[Rollout], scores: Sequence[Score], labeller: monitor.Labeller, monitors: monitor.Settings
 ) -> dict[str, float]:
-    """How the responses of all ranks were thought out, as far as their text shows it."""
-    texts, ids = [r.text for r in rollouts], [r.response_ids for r in rollouts]
-    sums = monitor.tally(texts, ids, [s.correct for s in scores], label, monitors)
-    return monitor.rates(dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True)))
+    """How the responses of all ranks were thought out, as far as their text shows it, and the seconds that this waited for."""
+    timer = Timer()
+    with timer("behaviours"):
+        labels = labeller.collect(rollouts)
+    sums = monitor.tally(labels, [r.response_ids for r in rollouts], [s.correct for s in scores], monitors)
+    return timer.metrics() | monitor.rates(dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True)))
 
 
 def _peak_memory_gib() -> float:
