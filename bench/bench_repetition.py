@@ -2,9 +2,9 @@
 
     RLSP_FAST_DATA=FOLDER python bench/bench_repetition.py
 
-FOLDER holds math500_test.jsonl and gsm8k_train.jsonl. Tokens are words, symbols and up to three digits together, as large models cut
-text; the demo's responses (tests/demo_responses.jsonl, those of the run that earns by being right) have their own. Prints the mean
-over texts of the share of tokens that repeat, and appends it to bench/results/repetition.csv.
+FOLDER holds math500_test.jsonl and gsm8k_train.jsonl. Tokens are words, symbols and up to three digits together, as large
+models cut text; the demo's responses (tests/demo_responses.jsonl, of the run that earns by being right) have their own. Prints
+the mean over texts of the share of tokens that repeat, and appends it to bench/results/repetition.csv.
 """
 
 import json
@@ -37,7 +37,7 @@ def main() -> None:
     rows = [where | measured(name, texts) for name, texts in sets.items()]
     for row in rows:
         shares = " | ".join(f"{100 * row[f'share_{n}']:.1f} %" for n in NGRAMS)
-        print(f"| {row['texts']} ({row['num_texts']:,} of {row['tokens']:.0f} tokens) | {shares} |")
+        print(f"| {row['texts']} ({row['tokens']:.0f} tokens) | {shares} |")
     print("appended to", append("repetition", rows))
 
 

@@ -23,7 +23,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 KLKind = Literal["k1", "k2", "k3"]
 EXPLORATION_PARTS = ("length", "length_code", "judge", "repetition")
 REPETITION_NGRAM = 30
-"""Tokens. Of MATH-500's solutions 0.9 % of the tokens stand in a run of 30 that occurred before, 5.9 % in one of 12."""
+"""Tokens. Of MATH-500's solutions 0.8 % of the tokens stand in a run of 30 that occurred before, 5.6 % in one of 12."""
 
 
 class _Section(BaseModel):
