@@ -4,6 +4,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -12,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from zlib import crc32
 
 import pytest
-from test_cli import home, refused, rlsp, rows  # noqa: F401  (a fixture)
+from test_cli import environment, home, refused, rlsp, rows  # noqa: F401  (a fixture)
 
 from rlsp_fast.config import RewardConfig
 from rlsp_fast.judge import (
@@ -741,6 +743,30 @@ def test_behaviours_of_a_run_are_judged_beside_its_reward_and_failures_are_count
         assert 0 < r["behaviour/self_correction"] < 1 and r["behaviour/backtracking"] == 0
         assert r["behaviour/self_verification"] == 1 and r["behaviour/sub_goals/count"] == 3
     assert "| self correction |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_two_ranks_have_the_same_responses_judged_and_log_what_one_does(home, tmp_path):  # noqa: F811
+    def answer(n, body):
+        kind = crc32(body["messages"][1]["content"].encode()) % 3
+        return (400, {}, "no") if kind == 0 else (200, {}, completion(json.dumps(COUNTS | {"backtracking": kind - 1})))
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlsp_fast"]
+    logged, asked = [], []
+    with serving(answer) as server:
+        words = ["train", "recipe.toml", "data.validation=[]", "train.steps=1"]
+        words.append(f"train.monitors={monitors_file(tmp_path, server.url)}")
+        for name, command in (("one", torchrun[:1] + torchrun[-2:]), ("two", torchrun)):
+            done = subprocess.run(
+                [*command, *words, f"output.dir={tmp_path / name}"],
+                cwd=home, env=environment(), capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            (row,) = rows(tmp_path / name / "metrics.jsonl")
+            logged.append({k: v for k, v in row.items() if k.startswith(("behaviour/", "monitor/"))})
+            asked.append({body["messages"][1]["content"] for _, _, body in server.requests})
+            server.requests.clear()
+    assert logged[0] == pytest.approx(logged[1]) and 0 < logged[0]["monitor/judge_failed"] < 1
+    assert 0 < logged[0]["behaviour/backtracking"] < 1 and asked[0] == asked[1]
 
 
 def test_a_dead_judge_of_behaviours_stops_no_run_and_an_unusable_one_is_refused_before_it(home, tmp_path):  # noqa: F811
