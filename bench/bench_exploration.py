@@ -116,7 +116,7 @@ def measured(folder: Path, out: Path, stage: str) -> dict[str, float]:
     """What the responses of one evaluation look like."""
     from transformers import AutoTokenizer
 
-    from rlsp_fast.reward import repeated_share
+    from rlsp_fast.repetition import repeated_share
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "start")
     lines = (out / "rollouts" / f"eval_{stage.replace(' ', '_')}.jsonl").read_text().splitlines()

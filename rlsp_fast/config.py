@@ -25,7 +25,7 @@ KLKind = Literal["k1", "k2", "k3"]
 Offloaded = Literal["adam", "critic", "reference"]
 EXPLORATION_PARTS = ("length", "length_code", "judge", "repetition")
 REPETITION_NGRAM = 30
-"""Tokens. Of MATH-500's solutions 0.9 % of the tokens stand in a run of 30 that occurred before, 5.9 % in one of 12."""
+"""Tokens. Of MATH-500's solutions 0.8 % of the tokens stand in a run of 30 that occurred before, 5.6 % in one of 12."""
 
 
 class _Section(BaseModel):
@@ -71,8 +71,10 @@ class RolloutConfig(_Section):
     """auto: vLLM where it imports, else transformers."""
     n: Positive = 1
     """Responses sampled per problem (K)."""
-    dynamic_sampling: Literal["off", "drop", "refill"] = "off"
-    """Problems whose responses are all right or all wrong: trained on, dropped, or replaced until the batch is full."""
+    dynamic_sampling: Literal["off", "downweight", "drop", "refill"] = "off"
+    """Problems whose responses are all right or all wrong count in full, less, not, or are replaced until the batch is full."""
+    sampling_weight: Annotated[float, Field(ge=0.001, le=1)] = 0.25
+    """With dynamic_sampling = downweight, what such a problem counts in the losses of policy and critic; a mixed one: 1."""
     sampling_rounds: Positive = 4
     """With dynamic_sampling = refill, at most this many rounds of generation a step; then the step trains on what it has."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
@@ -283,7 +285,7 @@ class Config(_Section):
             )
         if r.dynamic_sampling != "off" and r.n < 2:
             raise ValueError(
-                f"rollout.dynamic_sampling = {r.dynamic_sampling} drops problems whose responses all fare alike, and one "
+                f"rollout.dynamic_sampling = {r.dynamic_sampling} looks for problems whose responses all fare alike, and one "
                 f"alone always does: want rollout.n >= 2, got {r.n}"
             )
         longest = self.data.max_prompt_length + r.max_response_length

@@ -1,9 +1,10 @@
-"""The judge: an LLM grades the effort and exploration of a response in [0, 1], behind an OpenAI-compatible endpoint.
+"""The judge: an LLM behind an OpenAI-compatible endpoint reads a response and answers by a rubric.
 
-Requests run in threads beside generation and wait on sockets, not on the interpreter: http.client of the standard library is
-enough. A judge that fails gives the fall-back value, counted; it stops a run only if `max_failed` says so. What the judge
-reads is written by a policy that is paid for its grade: it is fenced by markers that it cannot know, and a grade out of
-[0, 1] is no grade.
+Two rubrics: `grades`, effort and exploration in [0, 1] for the reward, and `counts`, how often each behaviour occurs, for the
+monitors. Requests run in threads beside generation and wait on sockets, not on the interpreter: http.client of the standard
+library is enough. A judge that fails gives the rubric's fall-back, counted; it stops a run only if `max_failed` says so. What
+the judge reads is written by a policy that is paid for its grade: it is fenced by markers that it cannot know, and an answer
+out of bounds is no answer.
 """
 
 import email.utils
@@ -20,11 +21,12 @@ import threading
 import time
 import tomllib
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -41,10 +43,13 @@ CONNECT_S = 10.0
 MAX_REPLY_BYTES = 2**20
 WINDOW = 200
 """Responses over which `max_failed` is a share."""
+MAX_COUNT = 10_000
+"""A judge that counts more of one behaviour in one response has not counted."""
 
 Seconds = Annotated[float, Field(gt=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Answer = TypeVar("Answer")
 
 
 class JudgeError(ValueError):
@@ -74,8 +79,11 @@ class JudgeSettings(BaseModel):
     request: dict[str, Any] = {}
 
 
-def load_settings(path: str | None) -> JudgeSettings:
+def load_settings(path: str | None, key: str = "reward.judge") -> JudgeSettings:
     """The settings in a TOML file, of the shipped one without a path.
+
+    Args:
+        key: The setting that names the file.
 
     Raises:
         JudgeError: naming the file and the key.
@@ -87,7 +95,7 @@ def load_settings(path: str | None) -> JudgeSettings:
         if settings.rubric and not Path(settings.rubric).is_file():
             raise JudgeError(f"{where}: rubric = {settings.rubric!r}: there is no such file")
     except OSError as error:
-        raise JudgeError(f"reward.judge = {str(where)!r}: {error.strerror}") from None
+        raise JudgeError(f"{key} = {str(where)!r}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JudgeError(f"{where}: {error}") from None
     except ValidationError as error:
@@ -119,36 +127,141 @@ def _api_key(settings: JudgeSettings) -> str:
     return key
 
 
+# --- rubrics ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rubric(Generic[Answer]):
+    """What a judge is asked, and how its answer is read."""
+
+    name: str
+    """Of the answer's schema."""
+    prompt: str
+    """The system prompt."""
+    task: str
+    """What the message asks for after the response."""
+    keys: tuple[str, ...]
+    """A JSON object with all of these is an answer."""
+    schema: dict[str, Any]
+    """JSON schema of the answer."""
+    read: Callable[[dict[str, Any]], Answer | None]
+    """The value of an answer, None for one out of bounds."""
+    wanted: str
+    """What an answer without a value lacks, for messages."""
+    fallback: Answer | None
+    """Of a response that could not be judged."""
+
+    def find(self, content: str) -> dict[str, Any] | None:
+        """The last JSON object with this rubric's keys in what a judge said; None if there is none, or it is out of bounds.
+
+        Thoughts before `</think>`, fences and talk around the object are passed over. The last object counts, not the first:
+        a judge may quote the response before it answers.
+        """
+        found, position = None, 0
+        content = content.rpartition("</think>")[2]
+        decoder = json.JSONDecoder()
+        for brace in [match.start() for match in re.finditer(r"\{", content)][-200:]:
+            if brace < position:  # inside an object that was read whole
+                continue
+            try:
+                value, position = decoder.raw_decode(content, brace)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict) and value.keys() >= set(self.keys):
+                found = value
+        return found if self.value(found) is not None else None
+
+    def value(self, answer: object) -> Answer | None:
+        """What an answer says; None for what is none."""
+        return self.read(answer) if isinstance(answer, dict) and answer.keys() >= set(self.keys) else None
+
+
+def grades(settings: JudgeSettings) -> Rubric[float]:
+    """Effort and exploration, in [0, 1]."""
+    return Rubric(
+        name="grade",
+        prompt=(Path(settings.rubric) if settings.rubric else SHIPPED_RUBRIC).read_text(),
+        task="Grade the exploration shown in the response as your rubric says.",
+        keys=("score",),
+        # `score` comes last, when the dimensions have been weighed.
+        schema=_object({"evidence": "string"} | dict.fromkeys((*DIMENSIONS, "score"), "number")),
+        read=lambda answer: _number(answer["score"], 1),
+        wanted="score in [0, 1]",
+        fallback=settings.fallback,
+    )
+
+
+def counts(names: Sequence[str], prompt: str) -> Rubric[dict[str, int]]:
+    """How often each of some behaviours occurs. A response that could not be judged has no counts: None."""
+
+    def read(answer: dict[str, Any]) -> dict[str, int] | None:
+        found = {name: _number(answer[name], MAX_COUNT) for name in names}
+        whole = all(value is not None and value.is_integer() for value in found.values())
+        return {name: int(value) for name, value in found.items()} if whole else None
+
+    return Rubric(
+        name="counts",
+        prompt=prompt,
+        task=f"Count {', '.join(names)} in the response as your rubric says.",
+        keys=tuple(names),
+        schema=_object({"evidence": "string"} | dict.fromkeys(names, "integer")),
+        read=read,
+        wanted=f"whole number from 0 to {MAX_COUNT:,} for each of {', '.join(names)}",
+        fallback=None,
+    )
+
+
+def _object(types: dict[str, str]) -> dict[str, Any]:
+    """JSON schema of an object with these properties and no others. A model writes them in this order."""
+    properties = {name: {"type": kind} for name, kind in types.items()}
+    return {"type": "object", "properties": properties, "required": list(types), "additionalProperties": False}
+
+
+def _number(value: object, most: float) -> float | None:
+    """A number from 0 to `most`, also one in quotes; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:  # NaN is not
+        return None
+    return float(value)
+
+
+# --- the judge --------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(Generic[Answer]):
     """What one response was given."""
 
-    score: float
-    """In [0, 1]; the fall-back when it failed."""
+    answer: Answer | None
+    """The rubric's fall-back when it failed."""
     failed: bool
     requests: int
-    """Sent for this response: 0 when the grade was in the cache or the judge counts as dead."""
+    """Sent for this response: 0 when the answer was in the cache or the judge counts as dead."""
 
 
 class _FailedTry(Exception):
-    """One request that gave no grade. `wait` is the server's Retry-After in seconds, None when there is no use in another."""
+    """One request that gave no answer. `wait` is the server's Retry-After in seconds, None when there is no use in another."""
 
     def __init__(self, why: str, wait: float | None = 0.0):
         super().__init__(why)
         self.wait = wait
 
 
-class Judge:
-    """Grades responses through one endpoint. Close it when done."""
+class Judge(Generic[Answer]):
+    """Judges responses by one rubric through one endpoint. Close it when done."""
 
-    def __init__(self, settings: JudgeSettings):
+    def __init__(self, settings: JudgeSettings, rubric: Rubric[Answer]):
         """
         Raises:
             JudgeError: when the cache folder cannot be made, or the API key is missing.
         """
         self._settings = settings
         self._key = _api_key(settings)
-        self._rubric = (Path(settings.rubric) if settings.rubric else SHIPPED_RUBRIC).read_text()
+        self._rubric = rubric
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self._threads = ThreadPoolExecutor(settings.max_concurrent // ranks, thread_name_prefix="judge")
         self._cache = Path(settings.cache) if settings.cache else None
@@ -158,7 +271,7 @@ class Judge:
             except OSError as error:
                 raise JudgeError(f"cache = {settings.cache!r} of the judge cannot be made: {error.strerror}") from None
         self._lock = threading.Lock()
-        self._asked: dict[str, Future[Judgement]] = {}  # in flight, by content: equal responses share one request
+        self._asked: dict[str, Future[Judgement[Answer]]] = {}  # in flight, by content: equal responses share one request
         self._sockets: set[socket.socket] = set()
         self._jitter = random.Random()  # apart from the generator that a run seeds
         self._closing = threading.Event()
@@ -175,7 +288,7 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Ends every wait and request; what was not graded yet fails."""
+        """Ends every wait and request; what was not judged yet fails."""
         self._closing.set()
         with self._lock:
             sockets = list(self._sockets)
@@ -183,26 +296,26 @@ class Judge:
             _cut(sock)
         self._threads.shutdown(cancel_futures=True)
 
-    def submit(self, problem: str, response: str) -> Future[Judgement]:
-        """Starts grading and returns at once. The future raises JudgeError when more failed than `max_failed` allows."""
+    def submit(self, problem: str, response: str) -> Future[Judgement[Answer]]:
+        """Starts judging and returns at once. The future raises JudgeError when more failed than `max_failed` allows."""
         body = self._body(problem, response)
         key = hashlib.sha256(self._settings.url.encode() + b"\0" + body).hexdigest()
         cached = self._read(key)
         if cached is not None:
-            done: Future[Judgement] = Future()
+            done: Future[Judgement[Answer]] = Future()
             done.set_result(Judgement(cached, failed=False, requests=0))
             return done
         with self._lock:
             running = self._asked.get(key)
             if running is not None:
                 return running
-            running = self._asked[key] = self._threads.submit(self._grade, key, body)
+            running = self._asked[key] = self._threads.submit(self._judge, key, body)
         running.add_done_callback(lambda _: self._asked.pop(key, None))
         return running
 
     # --- one response -------------------------------------------------------------------------
 
-    def _grade(self, key: str, body: bytes) -> Judgement:
+    def _judge(self, key: str, body: bytes) -> Judgement[Answer]:
         settings = self._settings
         start = time.monotonic()  # not at submit: waiting for a free slot is not the judge's time
         requests, why = 0, f"it counts as dead for {settings.dead_s:g} s, or asked for a longer wait than total_s"
@@ -217,7 +330,7 @@ class Judge:
                 continue
             requests += 1
             try:
-                grade = self._ask(body, min(settings.timeout_s, left))
+                answer = self._ask(body, min(settings.timeout_s, left))
             except _FailedTry as failure:
                 why = str(failure)
                 if failure.wait is None or requests > retries:
@@ -227,12 +340,12 @@ class Judge:
                 backoff = min(settings.backoff_s * 2 ** (requests - 1), MAX_BACKOFF_S) * self._jitter.uniform(0.5, 1.0)
                 self._closing.wait(min(backoff, max(0.0, start + settings.total_s - time.monotonic())))
             else:
-                self._write(key, grade)
+                self._write(key, answer)
                 self._count(failed=False, why="")
-                return Judgement(grade["score"], failed=False, requests=requests)
+                return Judgement(self._rubric.read(answer), failed=False, requests=requests)
         if not self._closing.is_set():
             self._count(failed=True, why=why)
-        return Judgement(settings.fallback, failed=True, requests=requests)
+        return Judgement(self._rubric.fallback, failed=True, requests=requests)
 
     def _count(self, *, failed: bool, why: str) -> None:
         settings = self._settings
@@ -246,7 +359,7 @@ class Judge:
             if self._failures_in_a_row >= settings.dead_after and time.monotonic() >= self._dead_until:
                 self._dead_until = time.monotonic() + settings.dead_s
         if num & (num - 1) == 0:  # 1, 2, 4, 8, ...: a dead judge must be seen, and must not fill the log
-            log.warning("the judge failed for %d responses so far, which got %g; last: %s", num, settings.fallback, why)
+            log.warning("the judge (%s) failed for %d responses so far; last: %s", self._rubric.name, num, why)
         if share > settings.max_failed:
             raise JudgeError(
                 f"the judge at {settings.url} failed for {100 * share:.0f} % of {WINDOW} responses, more than max_failed = "
@@ -254,7 +367,7 @@ class Judge:
             )
 
     def _body(self, problem: str, response: str) -> bytes:
-        """The request. Everything that the grade depends on is in it, so its hash is the cache's key."""
+        """The request. Everything that the answer depends on is in it, so its hash is the cache's key."""
         settings = self._settings
         problem, response = (_shown(text, settings.max_characters) for text in (problem, response))
         # A policy cannot write the marker of its own response: the marker is a hash of that response.
@@ -262,13 +375,12 @@ class Judge:
         begin, middle, end = (f"=== {part} {name} ===" for part in ("PROBLEM", "RESPONSE", "END"))
         message = (
             f"The marker lines carry the name {name}.\n\n{begin}\n{problem}\n{middle}\n{response}\n{end}\n\n"
-            f"The material ended at the line {end!r}. Grade the exploration shown in the response as your rubric says. "
-            f"Answer with the JSON object."
+            f"The material ended at the line {end!r}. {self._rubric.task} Answer with the JSON object."
         )
-        messages = [{"role": "system", "content": self._rubric}, {"role": "user", "content": message}]
+        messages = [{"role": "system", "content": self._rubric.prompt}, {"role": "user", "content": message}]
         body = {"model": settings.model, "messages": messages, **settings.request}
         if settings.structured == "json_schema":
-            schema = {"name": "grade", "strict": True, "schema": SCHEMA}
+            schema = {"name": self._rubric.name, "strict": True, "schema": self._rubric.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif settings.structured == "json_object":
             body["response_format"] = {"type": "json_object"}
@@ -277,7 +389,7 @@ class Judge:
     # --- one request --------------------------------------------------------------------------
 
     def _ask(self, body: bytes, seconds: float) -> dict[str, Any]:
-        """The grade that one request gives, or _FailedTry."""
+        """The answer that one request gives, or _FailedTry."""
         url = urlsplit(self._settings.url)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         connection = kind(url.hostname, url.port, timeout=min(seconds, CONNECT_S))
@@ -318,86 +430,38 @@ class Judge:
             content = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             raise _FailedTry("the reply is no chat completion") from None
-        grade = read_grade(content) if isinstance(content, str) else None
-        if grade is None:
-            raise _FailedTry("the reply holds no score in [0, 1]")
-        return grade
+        answer = self._rubric.find(content) if isinstance(content, str) else None
+        if answer is None:
+            raise _FailedTry(f"the reply holds no {self._rubric.wanted}")
+        return answer
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
-    # --- the cache: a file a grade, written whole, so that ranks and kills do no harm -----------
+    # --- the cache: a file an answer, written whole, so that ranks and kills do no harm -----------
 
-    def _read(self, key: str) -> float | None:
+    def _read(self, key: str) -> Answer | None:
         if self._cache is None:
             return None
         try:
-            return _score(json.loads(self._place(key).read_text()))
+            return self._rubric.value(json.loads(self._place(key).read_text()))
         except (OSError, ValueError):  # not there, or not whole: a disk that was full
             return None
 
-    def _write(self, key: str, grade: dict[str, Any]) -> None:
+    def _write(self, key: str, answer: dict[str, Any]) -> None:
         if self._cache is None:
             return
         path = self._place(key)
         part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             path.parent.mkdir(exist_ok=True)
-            part.write_text(json.dumps(grade) + "\n")
+            part.write_text(json.dumps(answer) + "\n")
             part.replace(path)
         except OSError as error:
             log.warning("the judge's cache cannot be written: %s", error)
 
     def _place(self, key: str) -> Path:
         return self._cache / key[:2] / f"{key}.json"
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"evidence": {"type": "string"}} | {name: {"type": "number"} for name in (*DIMENSIONS, "score")},
-    "required": ["evidence", *DIMENSIONS, "score"],
-    "additionalProperties": False,
-}
-"""Of the judge's answer. `score` comes last, when the dimensions have been weighed."""
-
-
-def read_grade(content: str) -> dict[str, Any] | None:
-    """The last JSON object with a score in [0, 1] in what a judge answered; None without one.
-
-    Thoughts before `</think>`, fences and talk around the object are passed over. The last object counts, not the first: a
-    judge may quote the response before it grades.
-
-    >>> read_grade('Sure: {"score": 0.25}')
-    {'score': 0.25}
-    >>> read_grade('{"score": 7}'), read_grade('{"score": NaN}'), read_grade('{"score": true}')
-    (None, None, None)
-    """
-    content = content.rpartition("</think>")[2]
-    decoder = json.JSONDecoder()
-    found, position = None, 0
-    for brace in [match.start() for match in re.finditer(r"\{", content)][-200:]:
-        if brace < position:  # inside an object that was read whole
-            continue
-        try:
-            value, position = decoder.raw_decode(content, brace)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and "score" in value:
-            found = value
-    score = _score(found)
-    return None if score is None else found | {"score": score}
-
-
-def _score(grade: object) -> float | None:
-    value = grade.get("score") if isinstance(grade, dict) else None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
-        return None
-    return float(value)
 
 
 def retry_after(header: str | None) -> float:

@@ -9,23 +9,27 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice, pairwise
 from pathlib import Path
 from re import _constants as sre  # Python has no public parser of its regular expressions
 from re import _parser
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rlsp_fast.judge import Judge, JudgeError, Judgement, JudgeSettings, counts, load_settings
 from rlsp_fast.repetition import repeated_share
+from rlsp_fast.types import Rollout
 
 Row = Mapping[str, float]
 """The metrics of one step, its number as `step`."""
 Labels = Mapping[str, int]
 """How often a response shows each behaviour."""
 
+SHIPPED_RUBRIC = Path(str(files("rlsp_fast") / "judge_behaviours.md"))
 MAX_PATHS = 500
 """Ways in which a phrase may match at one place: bounds the time of one attempt, whatever the text."""
 MAX_PHRASE = 200
@@ -111,6 +115,9 @@ class Settings(_Table):
     """What the TOML file says; rlsp_fast/monitors.toml explains each key."""
 
     repetition_ngram: _Positive
+    backend: Literal["regex", "judge"]
+    judge: str
+    rubric: str
     emergent: tuple[str, ...]
     warn: tuple[str, ...]
     stop: tuple[str, ...]
@@ -126,8 +133,15 @@ class Settings(_Table):
     def _known_behaviours(self) -> Self:
         if "any" in self.behaviours:
             raise ValueError("behaviours.any: `any` is the name of behaviour/any, the emergent ones together")
+        if self.backend == "judge" and not self.counted:
+            raise ValueError('backend = "judge" has nothing to count: every list of behaviours is empty')
         _known(self.emergent, self.behaviours, "behaviour")
         return self
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Behaviours that are on."""
+        return tuple(name for name, phrases in self.behaviours.items() if phrases)
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -139,8 +153,8 @@ def load(path: str | None = None) -> Settings:
     """The shipped settings with those of the file at `path` laid over them.
 
     Raises:
-        MonitorError: for a file that is missing or is no TOML, and for an unknown key, a value out of bounds or a phrase
-            that is no regular expression, or one whose time no text bounds.
+        MonitorError: for a file that is missing or is no TOML, and for an unknown key, a value out of bounds, a phrase
+            that is no regular expression or one whose time no text bounds, and a judge that cannot be asked.
     """
     tree = tomllib.loads((files("rlsp_fast") / "monitors.toml").read_text())
     where = "rlsp_fast/monitors.toml" if path is None else f"train.monitors = {path!r}"
@@ -154,11 +168,37 @@ def load(path: str | None = None) -> Settings:
     try:
         settings = Settings.model_validate(tree)
         Behaviours(settings)
+        if settings.backend == "judge":
+            _judge_settings(settings)
+            _judge_prompt(settings)
     except ValidationError as error:
         raise MonitorError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
-    except MonitorError as error:
+    except (MonitorError, JudgeError) as error:
         raise MonitorError(f"{where}: {error}") from None
     return settings
+
+
+def _judge_settings(settings: Settings) -> JudgeSettings:
+    """Of the judge's endpoint. What is watched never stops a run by failing."""
+    return load_settings(settings.judge or None, "judge").model_copy(update={"max_failed": 1.0})
+
+
+def _judge_prompt(settings: Settings) -> str:
+    """The judge's system prompt, which must name every behaviour that is on."""
+    path = Path(settings.rubric) if settings.rubric else SHIPPED_RUBRIC
+    try:
+        prompt = path.read_text()
+    except OSError as error:
+        raise MonitorError(f"rubric = {settings.rubric!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise MonitorError(f"rubric = {settings.rubric!r}: {error}") from None
+    for name in settings.counted:
+        if not re.search(rf"\b{name}\b", prompt):
+            raise MonitorError(
+                f"behaviours.{name}: {path} does not say what that is. Name a file with `rubric` that does, or turn it off "
+                f"with {name} = []"
+            )
+    return prompt
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -197,8 +237,47 @@ def _explain(error: Any) -> str:
 # --- behaviours -------------------------------------------------------------------------------
 
 
+class Labeller(Protocol):
+    """Says how often responses show each behaviour. Close it when done."""
+
+    def submit(self, rollout: Rollout) -> None:
+        """Starts on a response that is finished, and returns at once."""
+
+    def collect(self, rollouts: Sequence[Rollout]) -> list[Labels | None]:
+        """Waits for the labels of responses submitted before; None for one that could not be judged."""
+
+    def close(self) -> None:
+        """Ends what is still under way."""
+
+
+def labeller(settings: Settings) -> Labeller:
+    """The back end that the settings choose.
+
+    Raises:
+        JudgeError: when the judge's cache folder cannot be made.
+    """
+    return Judged(settings) if settings.backend == "judge" else Behaviours(settings)
+
+
+class Judged:
+    """Has behaviours counted by an LLM, beside generation and training. It never stops a run."""
+
+    def __init__(self, settings: Settings):
+        self._judge = Judge(_judge_settings(settings), counts(settings.counted, _judge_prompt(settings)))
+        self._running: dict[int, Future[Judgement[dict[str, int]]]] = {}  # by the identity of a rollout that the caller holds
+
+    def submit(self, rollout: Rollout) -> None:
+        self._running[id(rollout)] = self._judge.submit(rollout.problem.text, rollout.text)
+
+    def collect(self, rollouts: Sequence[Rollout]) -> list[Labels | None]:
+        return [self._running.pop(id(rollout)).result().answer for rollout in rollouts]
+
+    def close(self) -> None:
+        self._judge.close()
+
+
 class Behaviours:
-    """Counts behaviours by their phrases. Anything else that maps a text to Labels can stand in for it in `tally`."""
+    """Counts behaviours by their phrases."""
 
     def __init__(self, settings: Settings):
         """
@@ -215,6 +294,15 @@ class Behaviours:
         """Occurrences of each behaviour in a response. Time is linear in its length, by the bounds on phrases."""
         plain = " ".join(text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").lower().split())
         return {name: sum(1 for _ in pattern.finditer(plain)) for name, pattern in self._patterns.items()}
+
+    def submit(self, rollout: Rollout) -> None:
+        """Phrases are counted when collected: counting them here would hold generation up."""
+
+    def collect(self, rollouts: Sequence[Rollout]) -> list[Labels | None]:
+        return [self(rollout.text) for rollout in rollouts]
+
+    def close(self) -> None:
+        pass
 
 
 def _phrase(behaviour: str, phrase: str) -> str:
@@ -288,26 +376,25 @@ def _repeats(paths: float, low: int, high: int) -> float:
 
 
 def tally(
-    texts: Sequence[str],
-    response_ids: Sequence[Sequence[int]],
-    correct: Sequence[bool],
-    label: Callable[[str], Labels],
-    settings: Settings,
+    labels: Sequence[Labels | None], response_ids: Sequence[Sequence[int]], correct: Sequence[bool], settings: Settings
 ) -> dict[str, float]:
     """Sums over some responses, to be added up over ranks and then made metrics by `rates`.
 
     Args:
-        label: How often a text shows each behaviour: `Behaviours(settings)`, or a judge.
+        labels: How often each response shows each behaviour; None leaves a response out of the behaviours.
     """
-    names = (*(name for name, phrases in settings.behaviours.items() if phrases), "any")
-    sums = {"n": float(len(texts)), "correct": float(sum(correct)), "repetition": 0.0}
+    names = (*settings.counted, "any")
+    sums = {"n": float(len(labels)), "labelled": 0.0, "correct": 0.0, "repetition": 0.0}
     sums |= {f"{name}/{part}": 0.0 for name in names for part in ("count", "shown", "shown_correct")}
-    for text, ids, right in zip(texts, response_ids, correct, strict=True):
+    for shown, ids, right in zip(labels, response_ids, correct, strict=True):
         sums["repetition"] += repeated_share(ids, settings.repetition_ngram)
-        counts = dict(label(text))
-        counts["any"] = sum(counts.get(name, 0) for name in settings.emergent)
+        if shown is None:
+            continue
+        sums["labelled"] += 1
+        sums["correct"] += right
+        found = dict(shown) | {"any": sum(shown.get(name, 0) for name in settings.emergent)}
         for name in names:
-            count = counts.get(name, 0)
+            count = found.get(name, 0)
             sums[f"{name}/count"] += count
             sums[f"{name}/shown"] += count > 0
             sums[f"{name}/shown_correct"] += count > 0 and right
@@ -317,11 +404,14 @@ def tally(
 def rates(sums: Mapping[str, float]) -> dict[str, float]:
     """Metrics of what `tally` summed: `behaviour/<name>` and its kin, and `response/repetition`.
 
-    A share among correct responses is left out of a step that has none, and so is one among wrong responses.
+    A share among correct responses is left out of a step that has none, and so is one among wrong responses, and every
+    behaviour where no response is labelled. `monitor/judge_failed` is the share without labels.
     """
-    n, correct = sums["n"], sums["correct"]
+    n, correct = sums["labelled"], sums["correct"]
     wrong = n - correct
-    metrics = {"response/repetition": sums["repetition"] / n}
+    metrics = {"response/repetition": sums["repetition"] / sums["n"], "monitor/judge_failed": 1 - n / sums["n"]}
+    if not n:
+        return metrics
     for name in (key.removesuffix("/shown") for key in sums if key.endswith("/shown")):
         shown, shown_correct = sums[f"{name}/shown"], sums[f"{name}/shown_correct"]
         metrics[f"behaviour/{name}"] = shown / n

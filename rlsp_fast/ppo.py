@@ -47,6 +47,8 @@ class Sample:
     """Per response token, nats, at the rollout's temperature."""
     reward: float
     """Of the whole response."""
+    weight: float = 1.0
+    """Factor on every loss term of its tokens, policy's and critic's; above 0. It is in no denominator."""
 
     @property
     def num_positions(self) -> int:
@@ -66,7 +68,7 @@ class MicroBatch:
     weight_T: Tensor
     """Share of each token in its mini-batch's policy loss; 0 outside responses."""
     critic_weight_T: Tensor
-    """The same for the value loss: always the mean over tokens."""
+    """The same for the value loss: 1 / tokens of the mini-batch, times the sample's weight, whatever the policy's mean."""
     old_logprob_T: Tensor | None = None
     ref_logprob_T: Tensor | None = None
     value_T: Tensor | None = None
@@ -147,6 +149,7 @@ class PPO:
         batch = pack([(s.prompt_ids, s.response_ids) for s in samples])
         rollout_logprob: list[float] = []
         weight: list[float] = []
+        critic_weight: list[float] = []
         for s in samples:
             nothing = [0.0] * (s.num_positions - len(s.response_ids))
             rollout_logprob += [*nothing, *s.rollout_logprob]
@@ -155,7 +158,10 @@ class PPO:
                 "sequence_mean": 1 / (num_sequences * len(s.response_ids)),
                 "dr_grpo": 1 / (num_sequences * self.config.rollout.max_response_length),
             }[self.algorithm.loss_aggregation]
-            weight += [*nothing, *[per_token] * len(s.response_ids)]
+            # Denominators count a sample in full: what has weight 1 counts as it would if all had, and a mini-batch in which
+            # all weigh less moves the policy less. As the weights of prioritized replay (arXiv 1511.05952), at most 1.
+            weight += [*nothing, *[s.weight * per_token] * len(s.response_ids)]
+            critic_weight += [*nothing, *[s.weight / num_tokens] * len(s.response_ids)]
         if idle:
             batch = batch.idle()
         # FSDP averages gradients over ranks, where the loss is a sum over the tokens of all ranks.
@@ -166,7 +172,7 @@ class PPO:
             reward_S=torch.tensor([s.reward for s in samples], dtype=torch.float32),
             rollout_logprob_T=torch.tensor(rollout_logprob, dtype=torch.float32),
             weight_T=torch.tensor(weight, dtype=torch.float32) * batch.mask_T * world,
-            critic_weight_T=batch.mask_T.float() * (world / num_tokens),
+            critic_weight_T=torch.tensor(critic_weight, dtype=torch.float32) * batch.mask_T * world,
         )
 
     # --- annotate -----------------------------------------------------------------------------

@@ -6,8 +6,13 @@ from collections.abc import Hashable, Sequence
 def repeated_share(ids: Sequence[Hashable], ngram: int) -> float:
     """Share of the tokens that stand in a run of `ngram` tokens which occurred before in the same sequence; in [0, 1).
 
-    A copied passage counts in full, a loop from its second turn on. What differs in one of every `ngram` tokens does not
-    count, and a sequence of at most `ngram` tokens repeats nothing.
+    A copied passage counts in full, a loop from its second turn on, whatever its period, once that turn is `ngram` tokens
+    long or goes on. What differs in one of every `ngram` tokens does not count, and a sequence of at most `ngram` tokens
+    repeats nothing.
+
+    Args:
+        ids: Tokens.
+        ngram: Tokens; long enough that honest work, which restates its formulas, stays near 0.
 
     >>> repeated_share([1, 2, 3, 1, 2, 3], 3), repeated_share([1, 2, 3, 4], 3)
     (0.5, 0.0)

@@ -107,7 +107,10 @@ def plot(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], alarms:
     from matplotlib.ticker import MaxNLocator
 
     x = [row["step"] for row in steps]
-    shown = {name.replace("_", " "): f"behaviour/{name}" for name in _names(steps[-1])}
+    shown = {
+        name.replace("_", " "): f"behaviour/{name}"
+        for name in _names(next((row for row in reversed(steps) if "behaviour/any" in row), {}))
+    }
     shown = {label: key for label, key in shown.items() if any(row.get(key) for row in steps)}
     panels = [
         ("accuracy", {"training problems": "reward/accuracy"}, "accuracy", ("behaviours_without_accuracy",)),

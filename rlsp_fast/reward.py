@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlsp_fast.config import RewardConfig
-from rlsp_fast.judge import Judge, JudgeError, Judgement, load_settings
+from rlsp_fast.judge import Judge, JudgeError, Judgement, grades, load_settings
+from rlsp_fast.repetition import repeated_share
 from rlsp_fast.types import Problem, Rollout, Score
 from rlsp_fast.verifier import Verdict, Verifier
 
@@ -67,35 +68,6 @@ def reasoning_length(text: str) -> float:
     return (box.start() if box else len(text)) / CHARACTERS_PER_TOKEN
 
 
-def repeated_share(ids: Sequence[int], ngram: int) -> float:
-    """Share of the tokens that stand in a run of `ngram` tokens that occurred before in the same response; in [0, 1).
-
-    A loop counts from its second turn on, whatever its period, once that turn is `ngram` tokens long or goes on. A run
-    that differs in one token every `ngram` does not count.
-
-    Args:
-        ids: Response tokens.
-        ngram: Tokens; long enough that honest work, which restates its formulas, stays near 0.
-
-    Cost:
-        O(len(ids) * ngram).
-
-    Source:
-        The share of n-grams that are not distinct, seq-rep-n (Welleck et al., arXiv 1908.04319), here of the tokens that
-        they cover, so that a copied passage counts in full.
-    """
-    seen: set[tuple[int, ...]] = set()
-    covered = end = 0  # every token before `end` that repeats is counted
-    for stop in range(ngram, len(ids) + 1):
-        run = tuple(ids[stop - ngram : stop])
-        if run in seen:
-            covered += stop - max(end, stop - ngram)
-            end = stop
-        else:
-            seen.add(run)
-    return covered / len(ids) if ids else 0.0
-
-
 def repetition_exploration(length: float, repeated: float, c: float, minimum: float) -> float:
     """What the repeated part of a response earned by its length, taken back: L(length * (1 - repeated)) - L(length).
 
@@ -138,7 +110,10 @@ class Scorer:
         """
         self._config = config
         self._function = load_function(config.function) if config.function is not None else None
-        self._judge = Judge(load_settings(config.judge)) if uses_judge(config) else None
+        self._judge = None
+        if uses_judge(config):
+            settings = load_settings(config.judge)
+            self._judge = Judge(settings, grades(settings))
         self._verifier = Verifier(config.verifier, config.timeout_s)
         self._threads = ThreadPoolExecutor(FUNCTION_THREADS, thread_name_prefix="reward.function")
 
@@ -166,11 +141,11 @@ class Scorer:
             verdict = self._verifier.submit(rollout.text, rollout.problem.answer)
         except ValueError as error:
             raise RewardError(f"{_at(rollout.problem)}: {error}") from None
-        judged: Future[Judgement | None] = Future()
+        judged: Future[Judgement[float] | None] = Future()
         if self._judge is None:
             judged.set_result(None)
         else:
-            judged = self._judge.submit("\n\n".join(m["content"] for m in rollout.problem.messages), rollout.text)
+            judged = self._judge.submit(rollout.problem.text, rollout.text)
         # Whichever comes last finishes the score, in its own thread.
         verdict.add_done_callback(lambda _: judged.add_done_callback(lambda _: self._finish(verdict, judged, rollout, scored)))
         return scored
@@ -180,7 +155,7 @@ class Scorer:
         return [future.result() for future in [self.submit(rollout) for rollout in rollouts]]
 
     def _finish(
-        self, verdict: Future[Verdict], judged: Future[Judgement | None], rollout: Rollout, scored: Future[Score]
+        self, verdict: Future[Verdict], judged: Future[Judgement[float] | None], rollout: Rollout, scored: Future[Score]
     ) -> None:
         if judged.cancelled():  # by close(): nobody waits for this score any more
             scored.cancel()
@@ -191,13 +166,13 @@ class Scorer:
         else:
             scored.set_result(self._mix(verdict.result().verdict, judged.result(), rollout))
 
-    def _mix(self, verdict: str, judged: Judgement | None, rollout: Rollout) -> Score:
+    def _mix(self, verdict: str, judged: Judgement[float] | None, rollout: Rollout) -> Score:
         config = self._config
         outcome = {"correct": 1.0, "no_answer": config.no_answer}.get(verdict, 0.0)
         parts = self._parts(rollout)
         calls: dict[str, float] = {}
         if judged is not None:
-            parts["judge"] = judged.score
+            parts["judge"] = judged.answer
             calls = {"judge_failed": float(judged.failed), "judge_requests": float(judged.requests)}
         reward, mixed = outcome, dict(parts)
         if "length_code" in parts:

@@ -9,7 +9,7 @@ import resource
 import shlex
 import signal
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -134,7 +134,6 @@ class _Run:
         if uses_judge(config.reward):
             judge.load_settings(config.reward.judge)  # refuses what cannot be used
         self.monitors = monitor.load(config.train.monitors)
-        self.label = monitor.Behaviours(self.monitors)
         if with_rl or config.data.validation:
             check_context(config)
         _make_folder(self.folder)
@@ -151,8 +150,9 @@ class _Run:
         demonstrations = self._demonstrations(config.sft.train, held_out) if self.with_sft else []
         demonstrations_val = self._demonstrations(config.sft.validation) if self.with_sft else []
         start_path = str(self.sft_path) if progress.sft_done else config.model.path
-        policy = model.build(Policy, config.model, start_path, self.device, self.mesh)
         with ExitStack() as stack:
+            labeller = stack.enter_context(closing(monitor.labeller(self.monitors)))
+            policy = model.build(Policy, config.model, start_path, self.device, self.mesh)
             scorer = stack.enter_context(Scorer(config.reward))
             engine = None
             if self.with_rl or held_out:
@@ -170,7 +170,7 @@ class _Run:
                 after_sft = self.with_sft or progress.sft_done
                 self._evaluate("after SFT" if after_sft else "before RL", 0, policy, engine, scorer, held_out)
             if self.with_rl:
-                self._rl(policy, engine, scorer, train, held_out)
+                self._rl(policy, engine, scorer, labeller, train, held_out)
         write_report(self.folder, config)
         return self.folder
 
@@ -230,7 +230,15 @@ class _Run:
         checkpoint.export(policy, self.tokenizer, self.sft_path, config)
         log.info("SFT checkpoint: %s", self.sft_path)
 
-    def _rl(self, policy: Policy, engine: Colocated, scorer: Scorer, train: list[Problem], held_out: list[Problem]) -> None:
+    def _rl(
+        self,
+        policy: Policy,
+        engine: Colocated,
+        scorer: Scorer,
+        labeller: monitor.Labeller,
+        train: list[Problem],
+        held_out: list[Problem],
+    ) -> None:
         config, first, total = self.config, self.progress.rl_steps, self.config.train.steps
         engine.sleep()  # critic and reference are built where its KV cache was
         ppo, trained = self._build_ppo(policy)
@@ -243,8 +251,8 @@ class _Run:
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
                 with budget.explaining(engine, config, self.device):
-                    metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, train)
-                metrics |= behaviours(rollouts, scores, self.label, self.monitors)
+                    metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, labeller, train)
+                metrics |= behaviours(rollouts, scores, labeller, self.monitors)
                 done, last = step + 1, step + 1 == total
                 alarm = self._alarm(watch, done, metrics)
                 stopped = self._stopped() or alarm is not None
@@ -333,18 +341,24 @@ class _Run:
 
 
 def rl_step(
-    config: Config, step: int, ppo: PPO, engine: Colocated, scorer: Scorer, train: Sequence[Problem]
+    config: Config,
+    step: int,
+    ppo: PPO,
+    engine: Colocated,
+    scorer: Scorer,
+    labeller: monitor.Labeller,
+    train: Sequence[Problem],
 ) -> tuple[dict[str, float], list[Rollout], list[Score]]:
     """Generate, score, annotate, update, push. Returns metrics of all ranks and this rank's rollouts and scores.
 
-    With dynamic sampling, metrics of rewards and lengths are those of everything generated; where nothing was kept, the step
-    updates nothing.
+    The labeller has been told of every response and may still be at work. With dynamic sampling, metrics of rewards and
+    lengths are those of everything generated; where nothing was kept, the step updates nothing.
     """
     timer = Timer()
     start = time.perf_counter()
     t = config.train
-    rollouts, scores, slots, kept, sampled = _sample_problems(config, step, engine, scorer, train, timer)
-    if not kept:
+    rollouts, scores, slots, weights, sampled = _sample_problems(config, step, engine, scorer, labeller, train, timer)
+    if not weights:
         log.log(
             logging.WARNING if dist.rank() == 0 else logging.INFO,
             "step %d updates nothing: the responses to each of its %d problems are all right or all wrong. Look at "
@@ -356,7 +370,7 @@ def rl_step(
         metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / timer.seconds["step"] / dist.world_size()
         return metrics, rollouts, scores
     with timer("pack"):
-        mini_batches = ppo.pack(_gather_samples(rollouts, scores, slots, config.rollout.n, kept))
+        mini_batches = ppo.pack(_gather_samples(rollouts, scores, slots, config.rollout.n, weights))
     with timer("sleep"):
         engine.sleep()
     metrics = sampled | ppo.annotate(mini_batches, timer)
@@ -380,15 +394,22 @@ def rl_step(
 
 
 def _sample_problems(
-    config: Config, step: int, engine: Colocated, scorer: Scorer, train: Sequence[Problem], timer: Timer
-) -> tuple[list[Rollout], list[Score], list[int], set[int], dict[str, float]]:
+    config: Config,
+    step: int,
+    engine: Colocated,
+    scorer: Scorer,
+    labeller: monitor.Labeller,
+    train: Sequence[Problem],
+    timer: Timer,
+) -> tuple[list[Rollout], list[Score], list[int], dict[int, float], dict[str, float]]:
     """Generates and scores a step's responses, in rounds where rollout.dynamic_sampling = refill.
 
     The first round's problems are those that every run with this seed has at this step; later rounds draw from an order of
     the step's own, never a problem that the step has tried. A slot counts the problems of a step through its rounds.
 
     Returns:
-        This rank's rollouts, scores and slots (one per problem); the slots to train on, the same on every rank; counts.
+        This rank's rollouts, scores and slots (one per problem); what each slot to train on counts, the same on every rank;
+        counts.
     """
     t, r = config.train, config.rollout
     rollouts: list[Rollout] = []
@@ -400,7 +421,8 @@ def _sample_problems(
     for num_rounds in count(1):
         first = len(num_right)
         slots = range(first + dist.rank(), first + len(chosen), dist.world_size())
-        new, new_scores = _generate(config, step, engine, scorer, [train[chosen[i - first]] for i in slots], slots, timer)
+        problems = [train[chosen[i - first]] for i in slots]
+        new, new_scores = _generate(config, step, engine, scorer, labeller, problems, slots, timer)
         rights = {slot: sum(s.correct for s in new_scores[i * r.n : (i + 1) * r.n]) for i, slot in enumerate(slots)}
         for part in dist.gather_objects(rights):
             num_right |= part
@@ -414,37 +436,52 @@ def _sample_problems(
         wanted = min(t.batch_size, math.ceil(1.5 * missing * len(num_right) / max(len(mixed), 1)))
         order = data.batch(range(len(train)), seed=(t.seed << 24) + step, step=0, batch_size=len(train))
         chosen = [i for i in order if i not in tried][:wanted]
-    kept = sorted(num_right) if r.dynamic_sampling == "off" else mixed[: t.batch_size]
+    kept = sorted(num_right) if r.dynamic_sampling in ("off", "downweight") else mixed[: t.batch_size]
+    less = set(kept).difference(mixed) if r.dynamic_sampling == "downweight" else set()
+    weights = {slot: r.sampling_weight if slot in less else 1.0 for slot in kept}
     counts = {
         "sampling/problems": len(num_right),
         "sampling/all_right": sum(right == r.n for right in num_right.values()),
         "sampling/all_wrong": sum(right == 0 for right in num_right.values()),
         "sampling/kept": len(kept),
+        "sampling/downweighted": len(less),
         "sampling/rounds": num_rounds,
     }
-    return rollouts, scores, mine, set(kept), counts if r.n > 1 else {}
+    return rollouts, scores, mine, weights, counts if r.n > 1 else {}
 
 
 def _generate(
-    config: Config, step: int, engine: Colocated, scorer: Scorer, problems: list[Problem], slots: Sequence[int], timer: Timer
+    config: Config,
+    step: int,
+    engine: Colocated,
+    scorer: Scorer,
+    labeller: monitor.Labeller,
+    problems: list[Problem],
+    slots: Sequence[int],
+    timer: Timer,
 ) -> tuple[list[Rollout], list[Score]]:
     """This rank's responses to its problems, and what they earned."""
     scoring: dict[int, Future[Score]] = {}
+
+    def finished(rollout: Rollout) -> None:  # overlaps generation
+        scoring[id(rollout)] = scorer.submit(rollout)
+        labeller.submit(rollout)
+
     with timer("gen"):
         rollouts = engine.generate(
             problems,
             _sampling(config, n=config.rollout.n, seed=(config.train.seed << 24) + step),
             slots=slots,
-            on_finish=lambda rollout: scoring.__setitem__(id(rollout), scorer.submit(rollout)),  # overlaps generation
+            on_finish=finished,
         )
     with timer("reward"):
         return rollouts, [scoring[id(rollout)].result() for rollout in rollouts]
 
 
 def _gather_samples(
-    rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int, kept: Container[int]
+    rollouts: Sequence[Rollout], scores: Sequence[Score], slots: Sequence[int], n: int, weights: Mapping[int, float]
 ) -> list[Sample]:
-    """The samples of all ranks in slot order, the same on every rank; of the slots kept."""
+    """The samples of all ranks in slot order, the same on every rank; of the slots that have a weight."""
     mine = [
         Sample(
             group=slots[i // n],
@@ -452,9 +489,10 @@ def _gather_samples(
             response_ids=rollout.response_ids,
             rollout_logprob=rollout.rollout_logprob,
             reward=score.reward,
+            weight=weights[slots[i // n]],
         )
         for i, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
-        if slots[i // n] in kept
+        if slots[i // n] in weights
     ]
     return sorted((s for part in dist.gather_objects(mine) for s in part), key=lambda s: s.group)
 
@@ -485,12 +523,14 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], config: Confi
 
 
 def behaviours(
-    rollouts: Sequence[Rollout], scores: Sequence[Score], label: Callable[[str], monitor.Labels], monitors: monitor.Settings
+    rollouts: Sequence[Rollout], scores: Sequence[Score], labeller: monitor.Labeller, monitors: monitor.Settings
 ) -> dict[str, float]:
-    """How the responses of all ranks were thought out, as far as their text shows it."""
-    texts, ids = [r.text for r in rollouts], [r.response_ids for r in rollouts]
-    sums = monitor.tally(texts, ids, [s.correct for s in scores], label, monitors)
-    return monitor.rates(dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True)))
+    """How the responses of all ranks were thought out, as far as their text shows it, and the seconds that this waited for."""
+    timer = Timer()
+    with timer("behaviours"):
+        labels = labeller.collect(rollouts)
+    sums = monitor.tally(labels, [r.response_ids for r in rollouts], [s.correct for s in scores], monitors)
+    return timer.metrics() | monitor.rates(dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True)))
 
 
 def _peak_memory_gib() -> float:

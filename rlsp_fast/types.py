@@ -27,6 +27,11 @@ class Problem:
     prompt_ids: tuple[int, ...] = ()
     """Token ids of the rendered prompt, special tokens included."""
 
+    @property
+    def text(self) -> str:
+        """Its messages as a judge reads them."""
+        return "\n\n".join(message["content"] for message in self.messages)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:

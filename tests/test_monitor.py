@@ -11,7 +11,6 @@ import pytest
 
 from rlsp_fast.config import leaf_keys
 from rlsp_fast.monitor import Behaviours, Change, Monitor, MonitorError, load, rates, tally
-from rlsp_fast.repetition import repeated_share
 
 SHIPPED = load()
 HERE = Path(__file__).parent
@@ -91,6 +90,10 @@ def test_a_file_of_ones_own_is_laid_over_the_shipped_one(tmp_path):
         ("[detectors.kl_collapse]\ndrop = 7", ("detectors.kl_collapse.drop = 7", "less than or equal to 1")),
         ("[detectors.kl_collapse]\nspan = 9", ("detectors.kl_collapse", "want at least two windows of 8 steps")),
         ("[behaviours]\nany = ['x']", ("behaviours.any",)),
+        ("backend = 'llm'", ("backend = 'llm'", "'regex' or 'judge'")),
+        ("backend = 'judge'\njudge = 'nowhere.toml'", ("judge = 'nowhere.toml': No such file",)),
+        ("backend = 'judge'\nrubric = 'nowhere.md'", ("rubric = 'nowhere.md': No such file",)),
+        ("backend = 'judge'\n[behaviours]\ndoubt = ['hm']", ("behaviours.doubt", "does not say what that is", "doubt = []")),
         ("[behaviours]\nbacktracking = 'x'", ("behaviours.backtracking",)),
         ("[behaviours]\nmine = ['a(b']", ("behaviours.mine, phrase 'a(b'", "missing ), unterminated subpattern")),
         ("[behaviours]\nmine = ['a)|(b']", ("behaviours.mine", "unbalanced parenthesis")),
@@ -153,10 +156,14 @@ def test_the_slowest_phrase_that_is_allowed_stays_linear_in_a_text_made_for_it(t
 # --- metrics ----------------------------------------------------------------------------------
 
 
+def labels(texts):
+    return [Behaviours(SHIPPED)(text) for text in texts]
+
+
 def test_behaviours_are_joined_with_correctness_and_repetition_is_a_mean():
     texts = ["Wait, no. Wait, that is 3.", "Alternatively, 4", "5", "6", "First, we add."]
     ids = [[1] * 40, [1], list(range(40)), [], [2]]
-    metrics = rates(tally(texts, ids, [True, False, True, False, False], Behaviours(SHIPPED), SHIPPED))
+    metrics = rates(tally(labels(texts), ids, [True, False, True, False, False], SHIPPED))
     assert metrics["behaviour/self_correction"] == 1 / 5 and metrics["behaviour/self_correction/count"] == 2 / 5
     assert metrics["behaviour/self_correction/correct"] == 1 / 2 and metrics["behaviour/self_correction/wrong"] == 0
     assert metrics["behaviour/alternatives/correct"] == 0 and metrics["behaviour/alternatives/wrong"] == 1 / 3
@@ -166,43 +173,27 @@ def test_behaviours_are_joined_with_correctness_and_repetition_is_a_mean():
 
 
 def test_a_step_without_correct_responses_has_no_share_among_them():
-    metrics = rates(tally(["wait, no"], [[1]], [False], Behaviours(SHIPPED), SHIPPED))
+    metrics = rates(tally(labels(["wait, no"]), [[1]], [False], SHIPPED))
     assert metrics["behaviour/any/wrong"] == 1 and "behaviour/any/correct" not in metrics
 
 
 def test_sums_of_ranks_add_up_to_the_metrics_of_all():
     def sums(part):
         texts, ids = [r["output"] for r in part], [r["ids"] for r in part]
-        return tally(texts, ids, [r["correct"] for r in part], Behaviours(SHIPPED), SHIPPED)
+        return tally(labels(texts), ids, [r["correct"] for r in part], SHIPPED)
 
     a, b = sums(RESPONSES[:20]), sums(RESPONSES[20:])
     assert rates({key: a[key] + b[key] for key in a}) == pytest.approx(rates(sums(RESPONSES)))
 
 
-def test_any_callable_can_label_the_responses():
-    def judge(text):
-        return {"backtracking": len(text)}
-
-    metrics = rates(tally(["ab", ""], [[1], [1]], [True, True], judge, SHIPPED))
+def test_a_response_without_labels_is_left_out_of_the_behaviours_and_of_nothing_else():
+    found = [{"backtracking": 2}, None, {}, None]
+    metrics = rates(tally(found, [[1] * 40, [1] * 40, [1], [1]], [True, True, False, False], SHIPPED))
     assert metrics["behaviour/backtracking"] == 0.5 and metrics["behaviour/backtracking/count"] == 1
+    assert metrics["behaviour/backtracking/correct"] == 1 and metrics["behaviour/backtracking/wrong"] == 0
     assert metrics["behaviour/any"] == 0.5 and metrics["behaviour/alternatives"] == 0
-
-
-@pytest.mark.parametrize(
-    "ids, ngram, repeated",
-    [
-        ([], 3, 0),
-        ([1, 1], 3, 0),
-        ([1, 2, 3, 4], 2, 0),
-        ([1, 2, 3, 1, 2, 3], 3, 3),
-        ([1, 2, 3, 4, 0, 1, 2, 3, 4], 3, 4),
-        ([7] * 10, 3, 9),
-        ([1, 2] * 5, 3, 8),
-        (["la"] * 4, 1, 3),
-    ],
-)
-def test_repetition_is_the_share_of_tokens_in_a_run_that_occurred_before(ids, ngram, repeated):
-    assert repeated_share(ids, ngram) == pytest.approx(repeated / max(1, len(ids)))
+    assert metrics["monitor/judge_failed"] == 0.5 and metrics["response/repetition"] == pytest.approx(39 / 40 / 2)
+    assert rates(tally([None], [[1]], [True], SHIPPED)) == {"monitor/judge_failed": 1, "response/repetition": 0}
 
 
 # --- series -----------------------------------------------------------------------------------
@@ -375,7 +366,7 @@ def test_the_responses_of_the_hacked_policy_copy_themselves_and_those_of_the_hon
     for run in ("honest", "hacked"):
         part = [r for r in RESPONSES if r["run"] == run]
         texts, ids, correct = ([r[key] for r in part] for key in ("output", "ids", "correct"))
-        shown[run] = rates(tally(texts, ids, correct, Behaviours(SHIPPED), SHIPPED))
+        shown[run] = rates(tally(labels(texts), ids, correct, SHIPPED))
     assert shown["honest"]["response/repetition"] < 0.02 and shown["hacked"]["response/repetition"] > 0.15
     assert shown["hacked"]["behaviour/self_correction/count"] > 2, "it says `wait , that is wrong` again and again"
     assert shown["honest"]["behaviour/self_correction/count"] < 0.5

@@ -5,7 +5,7 @@ is at work. The plain side computes in float64.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import plain_ppo
 import pytest
@@ -284,8 +284,8 @@ def plain_policy_loss(plain, samples, advantages, algorithm, max_length=12):
                 pg = pg * min(float(torch.tensor(old - samples[i].rollout_logprob[t]).exp()), a["tis_cap"])
             r = ref - logprob
             divergence = {"k1": -r, "k2": r * r / 2, "k3": r.exp() - 1 - r}[a["kl_loss_kind"]]
-            row.append(pg + a["kl_loss_coef"] * divergence - a["entropy_coef"] * entropy)
-            pg_row.append(pg)
+            row.append(samples[i].weight * (pg + a["kl_loss_coef"] * divergence - a["entropy_coef"] * entropy))
+            pg_row.append(samples[i].weight * pg)
             cases[case] += 1
         rows.append(row)
         pg_rows.append(pg_row)
@@ -341,13 +341,57 @@ def test_policy_gradients_without_a_critic_are_the_plain_ones(paths, device, sam
     assert_gradients_close(ours, tiny.gradients(plain.policy), rtol=5e-5)
 
 
+@pytest.mark.parametrize(
+    "aggregation, of_policy",
+    [
+        ("token_mean", [1 / 8, 1 / 8, 1 / 32, 1 / 32]),
+        ("sequence_mean", [1 / 4, 1 / 12, 1 / 32, 1 / 32]),
+        ("dr_grpo", [1 / 48, 1 / 48, 1 / 192, 1 / 192]),  # a limit of 12 tokens
+    ],
+)
+def test_the_weights_of_a_down_weighted_problem_by_hand(paths, device, aggregation, of_policy):
+    """Two problems of two responses, 1 and 3 tokens, 2 and 2. The second problem weighs 1/4; denominators count it in full."""
+    config = tiny.recipe(paths[0], algorithm={"loss_aggregation": aggregation}, rollout={"n": 2})
+    samples = [
+        Sample(
+            group=group,
+            prompt_ids=(3, 4),
+            response_ids=(5, 6, 7)[:length],
+            rollout_logprob=(-1.0,) * length,
+            reward=float(i),
+            weight=weight,
+        )
+        for i, (group, length, weight) in enumerate([(0, 1, 1.0), (0, 3, 1.0), (1, 2, 0.25), (1, 2, 0.25)])
+    ]
+    (micros,) = make_ppo(paths, device, config).pack(samples)
+    lengths = [len(s.response_ids) for s in samples]
+    assert_rows_close(by_sample(micros, samples, "weight_T"), [[w] * n for w, n in zip(of_policy, lengths, strict=True)])
+    of_critic = [1 / 8, 1 / 8, 1 / 32, 1 / 32]  # the mean over tokens, always
+    assert_rows_close(by_sample(micros, samples, "critic_weight_T"), [[w] * n for w, n in zip(of_critic, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "dr_grpo"])
+def test_policy_loss_and_gradients_of_down_weighted_problems_are_the_plain_ones(paths, device, samples, aggregation):
+    weighted = [replace(s, weight=0.25 if s.group % 2 else 1.0) for s in samples]
+    algorithm = OPTIONS["everything"] | {"loss_aggregation": aggregation, "kl_coef": 0.1}
+    ppo, micros, _ = annotated(paths, device, weighted, **algorithm)
+    plain = plain_side(paths, weighted)
+    tiny.jitter(ppo.policy.lm, **MOVED)
+    tiny.jitter(plain.policy, **MOVED)
+    stats, ours = actor_gradients(ppo, micros)
+    _, pg_loss, cases = plain_policy_loss(plain, weighted, by_sample(micros, weighted, "advantage_T"), algorithm)
+    assert_gradients_close(ours, tiny.gradients(plain.policy))
+    assert stats.pg_loss.item() == pytest.approx(pg_loss, abs=1e-5) and stats.num_tokens == sum(cases.values())
+
+
 def critic_gradients(ppo, micros):
     loss, num_clipped, num_tokens = torch.stack([ppo._critic_backward(m) for m in micros]).sum(0).tolist()
     return (loss, num_clipped, num_tokens), tiny.gradients(ppo.critic)
 
 
-@pytest.mark.parametrize("clip", [0.02, 0.2])
-def test_value_loss_and_gradients_are_the_plain_ones(paths, device, samples, clip):
+@pytest.mark.parametrize("clip, weight", [(0.02, 1.0), (0.2, 1.0), (0.02, 0.25)])
+def test_value_loss_and_gradients_are_the_plain_ones(paths, device, samples, clip, weight):
+    samples = [replace(s, weight=weight if s.group % 2 else 1.0) for s in samples]
     ppo, micros, _ = annotated(paths, device, samples, value_clip=clip, kl_coef=0.1)
     plain = plain_side(paths, samples)
     pairs = zip(plain.rewards(0.1), plain.values, strict=True)
@@ -357,7 +401,7 @@ def test_value_loss_and_gradients_are_the_plain_ones(paths, device, samples, cli
     rows, clipped = [], 0
     for i, values in enumerate(plain_ppo.critic_outputs(plain.backbone, plain.weight, plain.bias, plain.episodes)):
         terms = [plain_ppo.value_term(v, plain.values[i][t], returns[i][t], clip) for t, v in enumerate(values)]
-        rows.append([term for term, _ in terms])
+        rows.append([samples[i].weight * term for term, _ in terms])
         clipped += sum(is_clipped for _, is_clipped in terms)
     expected_loss = plain_ppo.aggregate(rows, "token_mean", 12)
     expected_loss.backward()

@@ -14,13 +14,13 @@ from pydantic import ValidationError
 
 from rlsp_fast.config import REPETITION_NGRAM, RewardConfig, load
 from rlsp_fast.demo import demonstrate
+from rlsp_fast.repetition import repeated_share
 from rlsp_fast.reward import (
     Scorer,
     length_code_exploration,
     length_exploration,
     load_function,
     reasoning_length,
-    repeated_share,
     repetition_exploration,
 )
 from rlsp_fast.types import Problem, Rollout
@@ -107,6 +107,7 @@ def demo_responses(n: int) -> list[str]:
         ([1, 2], 3, 0),
         ([], 3, 0),
         ([1, 1, 2, 2], 1, 2),
+        (["la"] * 4, 1, 3),
     ],
 )
 def test_repeated_share_counts_tokens_in_runs_that_occurred_before(ids, ngram, repeats):

@@ -1,9 +1,8 @@
-"""Dynamic sampling: problems whose responses are all right or all wrong are dropped, or replaced until the batch is full.
+"""Dynamic sampling: problems whose responses are all right or all wrong count less, are dropped, or are replaced.
 
 Whether a response is right is decided by a checksum of its text, so that a random model is right now and then.
 """
 
-import itertools
 import subprocess
 import sys
 
@@ -21,9 +20,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
     return {{"score": float(right), "acc": right}}
 """
 RULES = {"some": "crc32(solution_str.encode()) % 4 == 0", "rare": "crc32(solution_str.encode()) % 50 == 0"}
+STILL = "optim.critic_lr=1e-9"  # what the first mini-batch teaches does not show in the loss of the second
 RULES |= {"all": "True", "none": "False"}
 SAME = ("critic/score/mean", "reward/accuracy", "response_length/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss")
-SAMPLING = tuple(f"sampling/{name}" for name in ("problems", "all_right", "all_wrong", "kept", "rounds"))
+SAMPLING = tuple(f"sampling/{name}" for name in ("problems", "all_right", "all_wrong", "kept", "downweighted", "rounds"))
 
 
 @pytest.fixture
@@ -69,11 +69,32 @@ def test_drop_trains_on_the_mixed_problems_alone_and_counts_the_others(run):
     assert any(row["sampling/kept"] < 8 for row in metrics) and all(row["sampling/kept"] > 0 for row in metrics)
     for row, step in zip(metrics, responses, strict=True):
         rights = [right for _, right in groups(step)]
-        assert [row[name] for name in SAMPLING] == [8, rights.count(2), rights.count(0), rights.count(1), 1]
+        assert [row[name] for name in SAMPLING] == [8, rights.count(2), rights.count(0), rights.count(1), 0, 1]
         assert row["reward/accuracy"] == pytest.approx(sum(rights) / 16)  # of everything generated
     assert responses[0] == off_responses[0] and off[0]["sampling/kept"] == 8
     assert metrics[0]["sampling/all_wrong"] == off[0]["sampling/all_wrong"]  # counted when nothing is dropped, too
     assert metrics[0]["actor/pg_loss"] != off[0]["actor/pg_loss"]
+
+
+def test_downweight_keeps_every_problem_and_counts_those_that_weigh_less(run):
+    options = ("rollout.sampling_weight=0.5", "train.steps=1")
+    (row,), (step,), _ = run("some", "downweight", "half", *options)
+    (off,), _, _ = run("some", "off", "off", "train.steps=1")
+    rights = [right for _, right in groups(step)]
+    less = rights.count(2) + rights.count(0)
+    assert [row[name] for name in SAMPLING] == [8, rights.count(2), rights.count(0), 8, less, 1] and 0 < less < 8
+    assert off["sampling/downweighted"] == 0 and off["critic/vf_loss"] > row["critic/vf_loss"] > 0
+    (whole,), _, _ = run("some", "downweight", "whole", "rollout.sampling_weight=1", "train.steps=1")
+    assert [whole[name] for name in SAME] == [off[name] for name in SAME], "at weight 1 it is no dynamic sampling"
+
+
+def test_a_step_of_problems_that_all_weigh_less_still_trains_but_loses_less(run):
+    losses = []
+    for weight in (1, 0.25):
+        (row,), _, _ = run("all", "downweight", f"w{weight}", f"rollout.sampling_weight={weight}", "train.steps=1", STILL)
+        assert row["sampling/kept"] == row["sampling/downweighted"] == row["sampling/all_right"] == 8
+        losses.append(row["critic/vf_loss"])
+    assert losses[1] == pytest.approx(0.25 * losses[0], rel=1e-5)
 
 
 def test_refill_generates_until_the_batch_is_full_and_tries_no_problem_twice(run):
@@ -131,17 +152,19 @@ def test_a_resumed_run_draws_and_keeps_the_same_problems(run):
     assert again[3] == responses[3]
 
 
-def test_two_ranks_keep_and_learn_what_one_does(words, run, tmp_path):
-    options = ("refill", "rollout.sampling_rounds=3", "train.steps=2")
-    one, responses, _ = run("some", options[0], "one", *options[1:])
+@pytest.mark.parametrize("mode", ["refill", "downweight"])
+def test_two_ranks_keep_and_learn_what_one_does(words, run, tmp_path, mode):
+    options = ("rollout.sampling_rounds=3", "train.steps=2")
+    one, responses, _ = run("some", mode, "one", *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlsp_fast"]
     done = subprocess.run(
-        [*command, *words("some", options[0], "two", *options[1:])],
+        [*command, *words("some", mode, "two", *options)],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(one, rows(tmp_path / "two" / "metrics.jsonl"), strict=True):
-        assert [a[name] for name in SAMPLING] == [b[name] for name in SAMPLING] and a["sampling/rounds"] > 1
+        assert [a[name] for name in SAMPLING] == [b[name] for name in SAMPLING]
+        assert (a["sampling/rounds"] > 1) == (mode == "refill") and (a["sampling/downweighted"] > 0) == (mode != "refill")
         names = [name for name in SAME if name in a]
         assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-4, abs=2e-6)
     key = lambda r: (r["index"], r["sample"], r["output"])  # noqa: E731
@@ -166,7 +189,13 @@ def test_what_is_kept_is_spread_over_mini_batches_of_near_equal_size(ppo, kept, 
 
 
 def test_dynamic_sampling_of_single_responses_is_refused():
-    for mode, n in itertools.product(("drop", "refill"), (1,)):
-        with pytest.raises(ConfigError, match=f"dynamic_sampling = {mode} .* want rollout.n >= 2, got {n}"):
-            tiny.recipe("m", rollout={"dynamic_sampling": mode, "n": n})
+    for mode in ("downweight", "drop", "refill"):
+        with pytest.raises(ConfigError, match=f"dynamic_sampling = {mode} .* want rollout.n >= 2, got 1"):
+            tiny.recipe("m", rollout={"dynamic_sampling": mode, "n": 1})
     assert tiny.recipe("m", rollout={"dynamic_sampling": "drop", "n": 2}).rollout.sampling_rounds == 4
+
+
+@pytest.mark.parametrize("weight", [0, 1.5, -1])
+def test_a_weight_out_of_bounds_is_refused_by_name(weight):
+    with pytest.raises(ConfigError, match=f"rollout.sampling_weight = {weight}: want .* 1"):
+        tiny.recipe("m", rollout={"dynamic_sampling": "downweight", "n": 2, "sampling_weight": weight})

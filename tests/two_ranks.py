@@ -5,6 +5,7 @@ Run as: torchrun --nproc-per-node 2 tests/two_ranks.py POLICY REFERENCE FOLDER
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tiny
@@ -29,6 +30,11 @@ SCENARIOS = {
     "idle micro-batches": {"train": TRAIN | {"mini_batch_size": 1, "max_tokens_per_micro_batch": 24}},
     "more ranks than responses": {"rollout": {"n": 1}, "train": TRAIN | {"mini_batch_size": 1}},
     "activation checkpointing": {"model": {"activation_checkpointing": True}},
+    "down-weighted problems": {
+        "rollout": {"n": 3, "dynamic_sampling": "downweight"},
+        "algorithm": ALGORITHM | {"loss_aggregation": "sequence_mean"},
+        "train": TRAIN | {"mini_batch_size": 1, "max_tokens_per_micro_batch": 24},
+    },
     "hsdp": {"train": TRAIN | {"fsdp_shard_size": 1}},
 }
 
@@ -55,7 +61,11 @@ def build(config: Config, paths: tuple[str, str], device: torch.device) -> tuple
 
 def step(ppo: PPO, seed: int) -> dict[str, float]:
     """annotate and update on a fixed global batch. Adds how many micro-batches were idle and this rank's share of a weight."""
-    mini_batches = ppo.pack(tiny.samples(4, n=ppo.config.rollout.n, seed=seed))
+    rollout = ppo.config.rollout
+    samples = tiny.samples(4, n=rollout.n, seed=seed)
+    if rollout.dynamic_sampling == "downweight":
+        samples = [replace(s, weight=rollout.sampling_weight if s.group % 2 else 1.0) for s in samples]
+    mini_batches = ppo.pack(samples)
     metrics = ppo.annotate(mini_batches, Timer())
     metrics |= ppo.update(mini_batches, Timer(), train_actor=True)
     idle = sum(not m.batch.mask_T.any() for part in mini_batches for m in part)
