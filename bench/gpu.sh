@@ -12,7 +12,7 @@
 #   540  bench_logprob_entropy bench_ppo_loss bench_linear_logprob_entropy bench_linear_ppo_loss bench_linear_ppo_loss_151936
 #        bench_token_losses: the Triton kernels beside their peers
 #   540  peers_liger peers_trl peers_verl: the peers' own tests against our ops, see bench/peer_suites.py
-#   540  bench_step demo: where vLLM imports
+#   540  bench_step bench_colocate demo: where vLLM imports
 #
 # WHEELS: a folder of wheels for a machine without a package registry, installed with pip --no-index --no-deps into OUT/wheels,
 #   which goes on PYTHONPATH, ahead of what is installed. The peers' distributions and what they need beside torch and triton:
@@ -71,6 +71,7 @@ part bench_linear_ppo_loss_151936 540 python bench/bench_linear_ppo_loss.py --de
 for peer in liger trl verl; do part "peers_$peer" 540 python bench/peer_suites.py "$peer" --path "$peers/$peer"; done
 if python -c 'import vllm' 2>/dev/null; then
   part bench_step 540 python bench/bench_step.py --engines vllm transformers
+  part bench_colocate 540 python bench/bench_colocate.py
   part demo 540 python -m rlsp_fast demo
 fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

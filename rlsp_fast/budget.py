@@ -24,8 +24,9 @@ def settle(config: Config, device: torch.device) -> Config:
 
     Where the plan finds that a run does not fit, it says so and goes on: the plan's constants are assumed, not measured.
     """
-    asked = [name for name in AUTO if _value(config, name) == "auto"]
-    if device.type != "cuda":
+    on_gpu = device.type == "cuda"
+    asked = [name for name in AUTO if _value(config, name) == "auto" and (on_gpu or name != "train.offload")]
+    if not on_gpu:
         settled, why = plan.settle_without_gpu(config), "no GPU to plan for"
     else:
         job = _job(config, device)

@@ -16,10 +16,11 @@ and again. Waking both at once, or before the trainer let go, is what runs out o
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import nvtx
@@ -83,9 +84,11 @@ class Ledger:
         self.entries.append(measure(edge))
         return self.entries[-1]
 
-    def close_step(self) -> dict[str, float]:
+    def close_step(self, others: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
         """Metrics of the step, GiB, the largest over ranks; starts the next one.
 
+        Args:
+            others: More metrics, bytes.
         Raises:
             MemoryGrowthError: when the floor grew by more than max_growth over GROWTH_STEPS steps, with the table.
         """
@@ -94,6 +97,7 @@ class Ledger:
             return {}
         floor = min(entry.used for entry in entries)
         names = [(f"memory/{e.edge}/{kind}_gib", getattr(e, kind)) for e in entries for kind in _KINDS if getattr(e, kind)]
+        names += others.items()
         most = dist.max_over_ranks([floor, *(number for _, number in names)])
         self.floors = [*self.floors, int(most[0])][-GROWTH_STEPS - 1 :]
         metrics = {name: number / 2**30 for (name, _), number in zip(names, most[1:], strict=True)}
@@ -138,13 +142,16 @@ def table(entries: Sequence[Entry]) -> str:
 class Colocated:
     """A rollout engine on the trainer's device. The engine's own verbs, in the one order that works."""
 
-    def __init__(self, engine: Any, max_growth_gib: float | None = None):
+    def __init__(self, make: Callable[[], Any], max_growth_gib: float | None = None):
         """
         Args:
-            engine: A rollout.Engine, awake, with weights.
+            make: Makes a rollout.Engine, awake, with weights. What it takes of the device is what is called the engine's.
             max_growth_gib: See Ledger.
         """
-        self.engine = engine
+        before = measure("before the engine").used
+        self.engine = make()
+        self._engine_bytes = measure("with the engine").used - before
+        self._freed = 0
         self.ledger = Ledger(None if max_growth_gib is None else max_growth_gib * 2**30)
         self.asleep = False
         self.pushes = 0
@@ -166,8 +173,10 @@ class Colocated:
     def sleep(self) -> None:
         """The trainer gets the device. Twice in a row is once."""
         if not self.asleep:
+            before = measure("awake").used
             with self._edge("sleep"):
                 self.engine.sleep()
+            self._freed = before - self.ledger.entries[-1].used
             self.asleep = True
             if self.offload is not None:
                 with self._edge("fetch_states"):
@@ -209,7 +218,9 @@ class Colocated:
         """timing_s/swap/* and memory/* since the last call. Raises what Ledger.close_step does."""
         seconds, self._seconds = self._seconds, {}
         timings = {f"timing_s/swap/{edge}": value for edge, value in seconds.items() if edge != "generate"}
-        return timings | self.ledger.close_step()
+        return timings | self.ledger.close_step(
+            {"memory/engine_gib": self._engine_bytes, "memory/engine_freed_gib": self._freed}
+        )
 
     @contextmanager
     def _edge(self, name: str) -> Iterator[None]:

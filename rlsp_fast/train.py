@@ -156,8 +156,9 @@ class _Run:
             scorer = stack.enter_context(Scorer(config.reward))
             engine = None
             if self.with_rl or held_out:
-                engine = make_engine(config, start_path, self.tokenizer, self.device)
-                engine = Colocated(engine, config.train.max_memory_growth_gib)
+                engine = Colocated(
+                    lambda: make_engine(config, start_path, self.tokenizer, self.device), config.train.max_memory_growth_gib
+                )
                 stack.callback(engine.close)
             if dist.rank() == 0:  # everything loads: from here on this is the run in this folder
                 (self.folder / "config.toml").write_text(dump(self.asked))

@@ -71,7 +71,7 @@ def policy(config, tiny, device):
 @pytest.fixture(scope="module", params=[pytest.param("vllm", marks=needs_vllm), "transformers"])
 def engine(request, config, tiny, tokenizer, device):
     kind = {"vllm": VLLMEngine, "transformers": TransformersEngine}[request.param]
-    return Colocated(kind(config, str(tiny), tokenizer, device))
+    return Colocated(lambda: kind(config, str(tiny), tokenizer, device))
 
 
 def sampling(**changes):
