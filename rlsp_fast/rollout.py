@@ -188,7 +188,7 @@ def _seed(seed: int, slot: int, sample: int) -> int:
     return zlib.crc32(f"{seed}/{slot}/{sample}".encode())
 
 
-class _Harvest:
+class Harvest:
     """The groups of an engine as their responses grow: which are taken, and when there are enough."""
 
     def __init__(
@@ -316,7 +316,7 @@ class VLLMEngine(Engine):
         # Ranks of one tensor-parallel engine must see the same requests: all generate all, each keeps its own.
         parts = self._gather((groups, enough))
         everyones = {slot: group for part, _ in parts for slot, group in part.items()}
-        harvest = _Harvest(everyones, sampling.n, sum(share for _, share in parts), on_finish, groups)
+        harvest = Harvest(everyones, sampling.n, sum(share for _, share in parts), on_finish, groups)
         engine = self.llm.llm_engine
         waiting: dict[str, tuple[int, Rollout]] = {}
         for slot, begun in harvest.work() if not harvest.full else ():
@@ -480,14 +480,14 @@ class TransformersEngine(Engine):
     ) -> tuple[dict[int, Group], dict[int, Group]]:
         # Prompts of like length side by side need the least padding.
         shortest_last = sorted(groups.items(), key=lambda item: -len(item[1].problem.prompt_ids))
-        harvest = _Harvest(dict(shortest_last), sampling.n, enough, on_finish, groups)
+        harvest = Harvest(dict(shortest_last), sampling.n, enough, on_finish, groups)
         work = harvest.work()
         for start in range(0, len(work), self.max_num_seqs):
             if not harvest.full:
                 self._generate_batch(work[start : start + self.max_num_seqs], sampling, harvest)
         return harvest.result()
 
-    def _generate_batch(self, work: list[tuple[int, Rollout]], sampling: Sampling, harvest: _Harvest) -> None:
+    def _generate_batch(self, work: list[tuple[int, Rollout]], sampling: Sampling, harvest: Harvest) -> None:
         """Decodes one left-padded batch, dropping finished rows from the cache when half of them are done."""
         prompts = [[*begun.problem.prompt_ids, *begun.response_ids] for _, begun in work]
         longest = max(map(len, prompts))
