@@ -294,6 +294,7 @@ class VLLMEngine(Engine):
             max_model_len=config.data.max_prompt_length + rollout.max_response_length,
             max_num_seqs=rollout.max_num_seqs,
             enforce_eager=rollout.enforce_eager or not self.on_gpu,
+            enable_chunked_prefill=self.on_gpu,  # on a CPU a request with a seed fails when its prompt is read in parts
             logprobs_mode="processed_logprobs",  # the trainer needs the distribution that was sampled, temperature in it
             generation_config="vllm",  # a model's own top_k or repetition penalty would change that distribution
             seed=config.train.seed,

@@ -53,13 +53,13 @@ dtype = "float32"
 [data]
 train = ["{{home}}/problems.jsonl"]
 template = "{{{{problem}}}}"
-max_prompt_length = 32
+max_prompt_length = 224
 [rollout]
 engine = "transformers"
 n = 2
 temperature = 1.3
 max_response_length = {LONGEST}
-max_num_seqs = 16
+max_num_seqs = 20
 oversample = 1.5
 [optim]
 actor_lr = 1e-2
@@ -238,6 +238,14 @@ def test_after_a_step_cut_short_the_engine_samples_from_the_weights_pushed_next(
     sync.push(policy, engine, torch.float32)
     torch.testing.assert_close(ours[~carried], theirs[~carried], atol=1e-4, rtol=0)
     assert (ours - theirs)[carried].abs().max() > 1e-2  # these keep what they were sampled with
+
+
+def test_prompts_are_sampled_right_that_vllm_does_not_read_in_one_step(engine, policy, problems):
+    """Carried responses make long prompts, all at once. On a CPU vLLM reads 4096 tokens a step."""
+    long = [replace(p, prompt_ids=(p.prompt_ids * 28)[:220]) for p in problems[:20]]
+    done, _ = engine.generate_until(fresh(long), sampling(n=1, max_tokens=4), enough=20)
+    theirs = torch.tensor([p for r in responses(done) for p in r.rollout_logprob])
+    torch.testing.assert_close(trainer_logprobs(policy, responses(done), 1.3), theirs, atol=1e-4, rtol=0)
 
 
 def test_the_order_of_submission_changes_no_response(engine, problems):
