@@ -14,7 +14,7 @@ measured: A its weights read once (16 GB at 3.35 TB/s, 70 % reached) and a milli
 300 tokens, C the products of a token at half of the peak.
 
 With --run and --time-steps N, N steps of each kind are also timed for real: the run's newest policy on vLLM, on this machine.
-Both append to bench/results/partial.csv; `seconds` is of generation, a step.
+Both append to bench/results/partial.csv; `seconds` is of generation, a step: the mean, or of real ones the median.
 """
 
 import argparse
@@ -62,9 +62,9 @@ class Tally:
             self.carried += sum(r.num_carried for r in group.responses)
             self.carries.append(group.num_carries)
 
-    def row(self, steps: int) -> dict[str, object]:
+    def row(self, steps: int, middle: Callable[[list[float]], float] = statistics.mean) -> dict[str, object]:
         return {
-            "seconds": round(statistics.mean(self.seconds), 4),
+            "seconds": round(middle(self.seconds), 4),
             "idle_share": round(1 - self.busy / self.slots, 4) if self.slots else "",
             "tokens": round(self.tokens / steps),
             "carried_tokens": round(self.carried / steps),
@@ -210,9 +210,11 @@ def timed(run: Path, num_steps: int, overrides: Sequence[str]) -> list[dict[str,
                 tally.take(taken)
     engine.close()
     dist.cleanup()
-    settings = (t.batch_size, r.n, r.max_num_seqs)
-    name = f"timed, {engine.name}"
-    return [describe(name, "", *settings, o, "as given") | tally.row(num_steps) for o, (_, tally) in ways.items()]
+    settings = (f"timed, {engine.name}", f"{t.batch_size * r.n / r.max_num_seqs:g} waves", t.batch_size, r.n, r.max_num_seqs)
+    return [
+        describe(*settings, oversample, "as given") | tally.row(num_steps, statistics.median)
+        for oversample, (_, tally) in ways.items()
+    ]
 
 
 def show(rows: Sequence[dict[str, object]]) -> None:
