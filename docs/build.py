@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the config's docstrings, and the tables in the README and docs/rewards.md from bench/results."""
+"""Writes docs/config.md from the config's docstrings, and the tables in the README and two of docs from bench/results."""
 
 import csv
 import re
@@ -20,6 +20,8 @@ def main() -> None:
     (ROOT / "README.md").write_text(readme)
     rewards = ROOT / "docs" / "rewards.md"
     rewards.write_text(fill(rewards.read_text(), "exploration table", exploration()))
+    architecture = ROOT / "docs" / "architecture.md"
+    architecture.write_text(fill(architecture.read_text(), "partial table", partial()))
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -122,6 +124,21 @@ def ops() -> str:
         f"Inside training (forward, backward, optimizer of policy and critic): {groups}.\n"
         f"Largest of the rest: {largest}. {where(rows[0])} `python bench/bench_ops.py`"
     )
+
+
+def partial() -> str:
+    """Seconds of generation, a step, by over-sampling: the last replay, and the last timing for real."""
+    rows = newest("partial", "lengths", "load", "oversample", "order")
+    if not rows:
+        return "What it saves: not measured."
+    amounts = sorted({r["oversample"] for r in rows}, key=float)
+    lines = ["| lengths | slots | begun first | " + " | ".join(f"oversample {x}" for x in amounts) + " |"]
+    lines.append("| --- | --- | --- |" + " --- |" * len(amounts))
+    for key in dict.fromkeys((r["lengths"], r["load"], r["order"]) for r in rows):
+        found = {r["oversample"]: r for r in rows if (r["lengths"], r["load"], r["order"]) == key}
+        cells = [f"{float(r['seconds']):.2f} s, {int(r['carried_tokens']):,} carried" for r in map(found.get, amounts)]
+        lines.append("| " + " | ".join([*key, *cells]) + " |")
+    return "\n".join([*lines, "", f"Generation alone, a step. {where(rows[-1])} `python bench/bench_partial.py`"])
 
 
 def packing() -> str:

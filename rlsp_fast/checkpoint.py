@@ -1,11 +1,13 @@
 """Resumable state (torch.distributed.checkpoint, any number of ranks) and Hugging Face folders.
 
-checkpoints/step_40/   sharded state; complete.json is written last, so a folder without it is a save cut short
+checkpoints/step_40/   sharded state, and in pending.json the responses begun; complete.json is written last, so a folder
+                       without it is a save cut short
 huggingface/step_40/   what transformers, vLLM and `rlsp train model.path=...` load
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,22 @@ from rlsp_fast.optim import Optimizer
 _KEEP = 2  # the newest, and one to fall back on
 
 
-def save(folder: Path, step: int, trained: dict[str, tuple[torch.nn.Module, Optimizer]]) -> Path:
+def save(
+    folder: Path, step: int, trained: dict[str, tuple[torch.nn.Module, Optimizer]], pending: Mapping[str, Any] | None = None
+) -> Path:
     """Writes checkpoints/step_N under folder: weights, Adam moments and schedules of each trained module.
 
     Args:
         step: steps done; a resumed run starts at this step.
         trained: name -> (module, optimizer), e.g. actor and critic.
+        pending: Pending.state(), the same on every rank.
     """
     path = folder / "checkpoints" / f"step_{step}"
     dcp.save(_state(trained), checkpoint_id=path)
     if dist.rank() == 0:
         num_updates = {name: optimizer.num_updates for name, (_, optimizer) in trained.items()}
+        if pending is not None:
+            (path / "pending.json").write_text(json.dumps(pending))
         partial = path / "complete.json.partial"
         partial.write_text(json.dumps({"step": step, "num_updates": num_updates}))
         partial.rename(path / "complete.json")
@@ -59,6 +66,12 @@ def load(folder: Path, step: int, trained: dict[str, tuple[torch.nn.Module, Opti
         for group, ours in zip(optimizer.adamw.param_groups, settings, strict=True):
             group |= ours
         optimizer.skip_to(meta["num_updates"][name])
+
+
+def load_pending(folder: Path, step: int) -> dict[str, Any] | None:
+    """The pending state that save was given, None if it was given none. Every rank reads it, whatever their number."""
+    path = folder / "checkpoints" / f"step_{step}" / "pending.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def complete(folder: Path) -> list[int]:

@@ -77,6 +77,8 @@ class RolloutConfig(_Section):
     """With dynamic_sampling = downweight, what such a problem counts in the losses of policy and critic; a mixed one: 1."""
     sampling_rounds: Positive = 4
     """With dynamic_sampling = refill, at most this many rounds of generation a step; then the step trains on what it has."""
+    oversample: Annotated[float, Field(ge=1, le=2)] = 1.0
+    """Begin this many times batch_size problems a step, train on the first that are answered, carry the others over. 1: off."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
     """Sampling temperature; the trainer's log-probabilities use it too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -287,6 +289,11 @@ class Config(_Section):
             raise ValueError(
                 f"rollout.dynamic_sampling = {r.dynamic_sampling} looks for problems whose responses all fare alike, and one "
                 f"alone always does: want rollout.n >= 2, got {r.n}"
+            )
+        if r.oversample > 1 and r.dynamic_sampling == "refill":
+            raise ValueError(
+                f"rollout.oversample = {r.oversample:g} ends a step before all are answered, rollout.dynamic_sampling = refill "
+                f"goes on until enough are mixed: set rollout.oversample=1, or rollout.dynamic_sampling=drop"
             )
         longest = self.data.max_prompt_length + r.max_response_length
         budget = math.inf if t.max_tokens_per_micro_batch == "auto" else t.max_tokens_per_micro_batch

@@ -201,28 +201,28 @@ def render_demonstrations(
     return kept, len(pairs) - len(kept)
 
 
-def batch(items: Sequence[Item], *, seed: int, step: int, batch_size: int) -> list[Item]:
-    """One step's items: positions [step * batch_size, (step + 1) * batch_size) of epochs laid end to end.
+def batch(items: Sequence[Item], *, seed: int, start: int, size: int) -> list[Item]:
+    """One step's items: positions [start, start + size) of epochs laid end to end.
 
     Each epoch is a permutation of its own, drawn from (seed, epoch). Nothing is remembered between steps: a resumed
     run, and every rank, gets the same items from the same arguments.
 
     Args:
         items: problems or demonstrations.
-        step: from 0.
-        batch_size: may exceed len(items). A batch across the border of two epochs may hold an item twice.
+        start: from 0.
+        size: may exceed len(items). A batch across the border of two epochs may hold an item twice.
 
     Raises:
         DataError: no items.
 
-    Cost: O(len(items) + batch_size), whatever the step.
+    Cost: O(len(items) + size), whatever the start.
     """
     if not items:
         raise DataError("want at least one item to draw a batch from, got none")
-    start, size = step * batch_size, len(items)
-    epochs = range(start // size, (start + batch_size - 1) // size + 1)
-    order = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in epochs}
-    return [items[order[at // size][at % size]] for at in range(start, start + batch_size)]
+    n = len(items)
+    epochs = range(start // n, (start + size - 1) // n + 1)
+    order = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in epochs}
+    return [items[order[at // n][at % n]] for at in range(start, start + size)]
 
 
 # Sources

@@ -132,6 +132,7 @@ def write_rollouts(folder: Path, name: str, rollouts: Sequence[Rollout], scores:
             "correct": s.correct,
             "verdict": s.verdict,
             "num_tokens": len(r.response_ids),
+            "carried": r.num_carried,
             "finish": r.finish,
         }
         for r, s in zip(rollouts, scores, strict=True)

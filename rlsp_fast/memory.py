@@ -165,10 +165,17 @@ class Colocated:
 
     def generate(self, *args: Any, **options: Any) -> list:
         """The engine's, when it is awake with weights, KV cache and an empty prefix cache."""
+        return self._awake(self.engine.generate, *args, **options)
+
+    def generate_until(self, *args: Any, **options: Any) -> tuple[dict, dict]:
+        """The engine's, under the same conditions."""
+        return self._awake(self.engine.generate_until, *args, **options)
+
+    def _awake(self, verb: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self.asleep:
             raise OrderError("generate while the engine sleeps: push the weights first")
         with self._edge("generate"):
-            return self.engine.generate(*args, **options)
+            return verb(*args, **options)
 
     def sleep(self) -> None:
         """The trainer gets the device. Twice in a row is once."""

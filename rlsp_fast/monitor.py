@@ -244,7 +244,7 @@ class Labeller(Protocol):
         """Starts on a response that is finished, and returns at once."""
 
     def collect(self, rollouts: Sequence[Rollout]) -> list[Labels | None]:
-        """Waits for the labels of responses submitted before; None for one that could not be judged."""
+        """Waits for the labels of responses submitted before, and forgets all others; None for one that could not be judged."""
 
     def close(self) -> None:
         """Ends what is still under way."""
@@ -270,7 +270,9 @@ class Judged:
         self._running[id(rollout)] = self._judge.submit(rollout.problem.text, rollout.text)
 
     def collect(self, rollouts: Sequence[Rollout]) -> list[Labels | None]:
-        return [self._running.pop(id(rollout)).result().answer for rollout in rollouts]
+        labels = [self._running[id(rollout)].result().answer for rollout in rollouts]
+        self._running.clear()  # of what rollout.oversample left: it is submitted again, and the answer is in the cache
+        return labels
 
     def close(self) -> None:
         self._judge.close()

@@ -45,6 +45,8 @@ class Sample:
     response_ids: tuple[int, ...]
     rollout_logprob: tuple[float, ...]
     """Per response token, nats, at the rollout's temperature."""
+    num_carried: int = 0
+    """How many of the first response tokens older weights sampled."""
     reward: float
     """Of the whole response."""
     weight: float = 1.0
@@ -65,6 +67,8 @@ class MicroBatch:
     reward_S: Tensor
     """(S,) f32."""
     rollout_logprob_T: Tensor
+    carried_T: Tensor
+    """(T,) bool: True where the token was sampled in an earlier step, from older weights."""
     weight_T: Tensor
     """Share of each token in its mini-batch's policy loss; 0 outside responses."""
     critic_weight_T: Tensor
@@ -148,11 +152,13 @@ class PPO:
     def _micro(self, samples: Sequence[Sample], num_tokens: int, num_sequences: int, *, idle: bool) -> MicroBatch:
         batch = pack([(s.prompt_ids, s.response_ids) for s in samples])
         rollout_logprob: list[float] = []
+        carried: list[bool] = []
         weight: list[float] = []
         critic_weight: list[float] = []
         for s in samples:
             nothing = [0.0] * (s.num_positions - len(s.response_ids))
             rollout_logprob += [*nothing, *s.rollout_logprob]
+            carried += [i < s.num_carried for i in range(-len(nothing), len(s.response_ids))]
             per_token = {
                 "token_mean": 1 / num_tokens,
                 "sequence_mean": 1 / (num_sequences * len(s.response_ids)),
@@ -171,6 +177,7 @@ class PPO:
             group=tuple(s.group for s in samples),
             reward_S=torch.tensor([s.reward for s in samples], dtype=torch.float32),
             rollout_logprob_T=torch.tensor(rollout_logprob, dtype=torch.float32),
+            carried_T=torch.tensor(carried) & batch.mask_T,
             weight_T=torch.tensor(weight, dtype=torch.float32) * batch.mask_T * world,
             critic_weight_T=torch.tensor(critic_weight, dtype=torch.float32) * batch.mask_T * world,
         )
@@ -274,8 +281,10 @@ class PPO:
             m.advantage_T = per_token * m.batch.mask_T
 
     def _describe(self, micros: list[MicroBatch]) -> dict[str, float]:
-        """Metrics over the response tokens of all ranks; one reduction."""
+        """Metrics over the response tokens of all ranks; one reduction.
 
+        The engine is compared with the trainer where both have the same weights: carried tokens are apart.
+        """
         mask = torch.cat([m.batch.mask_T for m in micros]).cpu()
 
         def flat(name: str) -> Tensor:
@@ -283,11 +292,15 @@ class PPO:
 
         old, rollout = flat("old_logprob_T"), flat("rollout_logprob_T")
         advantage, target = flat("advantage_T"), flat("return_T")
-        diff = (old.exp() - rollout.exp()).abs()
+        carried = torch.cat([m.carried_T for m in micros]).cpu()[mask]
+        diff = (old.exp() - rollout.exp()).abs()[~carried]
+        mismatch_kl = kl_penalty(rollout, old, "k3")
         sums = {
             "n": float(len(old)),
+            "fresh": float(len(diff)),
             "diff": diff.sum().item(),
-            "mismatch_kl": kl_penalty(rollout, old, "k3").sum().item(),
+            "mismatch_kl": mismatch_kl[~carried].sum().item(),
+            "carried_kl": mismatch_kl[carried].sum().item(),
             "advantage": advantage.sum().item(),
             "return": target.sum().item(),
             "return_sq": target.square().sum().item(),
@@ -302,13 +315,15 @@ class PPO:
         total = dict(zip(sums, dist.sum_over_ranks(sums.values()), strict=True))
         n = total["n"]
         (max_diff,) = dist.max_over_ranks([diff.max().item() if len(diff) else 0.0])
-        metrics = {
-            "training/rollout_probs_diff_mean": total["diff"] / n,
-            "training/rollout_probs_diff_max": max_diff,
-            "training/mismatch_kl": total["mismatch_kl"] / n,
-            "critic/advantages/mean": total["advantage"] / n,
-            "critic/returns/mean": total["return"] / n,
-        }
+        metrics = {"critic/advantages/mean": total["advantage"] / n, "critic/returns/mean": total["return"] / n}
+        fresh = total["fresh"]
+        if fresh:
+            metrics["training/rollout_probs_diff_mean"] = total["diff"] / fresh
+            metrics["training/rollout_probs_diff_max"] = max_diff
+            metrics["training/mismatch_kl"] = total["mismatch_kl"] / fresh
+        if fresh < n:
+            metrics["rollout/carried_tokens"] = n - fresh
+            metrics["rollout/carried_kl"] = total["carried_kl"] / (n - fresh)
         if self.ref is not None:
             metrics["actor/ref_kl"] = total["ref_kl"] / n
         if self.critic is not None:

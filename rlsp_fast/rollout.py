@@ -10,8 +10,8 @@ import logging
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +21,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 
 from rlsp_fast import dist
 from rlsp_fast.config import Config
-from rlsp_fast.types import Problem, Rollout
+from rlsp_fast.types import Group, Problem, Rollout
 
 log = logging.getLogger(__name__)
+
+_STOP_TOKENS = 64  # of a response's end: more than a stop string has
+MAX_CARRIES = 4
+"""A group carried over this often is waited for: no token trained on is older than this many steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,32 @@ class Engine(Protocol):
         """len(problems) * n rollouts, samples of a problem together, in order. on_finish gets each as it completes.
 
         slots: a number per problem, distinct over all ranks; seeds its sampling.
+        """
+        groups = {slot: Group(problem=problem) for slot, problem in zip(slots, problems, strict=True)}
+        taken, _ = self.generate_until(groups, sampling, enough=len(groups), on_finish=on_finish)
+        return [rollout for group in taken.values() for rollout in group.responses]
+
+    def generate_until(
+        self,
+        groups: Mapping[int, Group],
+        sampling: Sampling,
+        *,
+        enough: int,
+        on_finish: Callable[[Rollout], object] | None = None,
+    ) -> tuple[dict[int, Group], dict[int, Group]]:
+        """Works on groups, new ones and ones that an earlier call left, until `enough` of them are complete.
+
+        Groups carried most often are begun first, then those expected to be longest. Those carried MAX_CARRIES times are among
+        the ones taken, however long that lasts.
+
+        Args:
+            groups: By slot, with their responses so far, which are continued with what is left of sampling.max_tokens.
+            enough: At most len(groups). Ranks of one tensor-parallel engine stop when the sum of theirs is complete, whoever's
+                groups these are.
+            on_finish: Gets each response as it completes, in groups that are left too; finished ones of earlier calls first.
+
+        Returns:
+            By slot, in the order given: the groups taken; and those left, carried once more.
         """
         ...
 
@@ -158,10 +188,79 @@ def _seed(seed: int, slot: int, sample: int) -> int:
     return zlib.crc32(f"{seed}/{slot}/{sample}".encode())
 
 
+class Harvest:
+    """The groups of an engine as their responses grow: which are taken, and when there are enough."""
+
+    def __init__(
+        self,
+        groups: Mapping[int, Group],
+        num_samples: int,
+        enough: int,
+        on_finish: Callable[[Rollout], object] | None,
+        own: Collection[int],
+    ):
+        """
+        Args:
+            groups: By slot, in the order in which to begin those that are otherwise equal.
+            own: This rank's slots.
+        """
+        assert enough <= len(groups), f"{enough} of {len(groups)} groups will never be complete"
+        self.groups, self.enough, self.on_finish, self.own = groups, enough, on_finish, own
+        self.overdue = {slot for slot, group in groups.items() if group.num_carries >= MAX_CARRIES}
+        self.taken: set[int] = set()
+        self.responses = {slot: _begun(group, num_samples) for slot, group in groups.items()}
+        for slot in self._ordered():
+            for rollout in self.responses[slot]:
+                if rollout.finish != "unfinished":
+                    self.put(slot, rollout)
+
+    def work(self) -> list[tuple[int, Rollout]]:
+        """(slot, what there is of it) of every response to begin or continue, in the order to do so."""
+        return [(slot, r) for slot in self._ordered() for r in self.responses[slot] if r.finish == "unfinished"]
+
+    def put(self, slot: int, rollout: Rollout) -> None:
+        """A response as it is now."""
+        self.responses[slot][rollout.sample] = rollout
+        if rollout.finish == "unfinished":
+            return
+        if self.on_finish is not None and slot in self.own:
+            self.on_finish(rollout)
+        room = self.enough - len(self.taken | self.overdue)
+        if (slot in self.overdue or room > 0) and all(r.finish != "unfinished" for r in self.responses[slot]):
+            self.taken.add(slot)
+
+    @property
+    def full(self) -> bool:
+        return len(self.taken) >= self.enough
+
+    def result(self) -> tuple[dict[int, Group], dict[int, Group]]:
+        """What Engine.generate_until returns: this rank's groups taken, and left."""
+        grown = {slot: replace(self.groups[slot], responses=tuple(self.responses[slot])) for slot in self.own}
+        left = {slot: replace(g, num_carries=g.num_carries + 1) for slot, g in grown.items() if slot not in self.taken}
+        return {slot: group for slot, group in grown.items() if slot in self.taken}, left
+
+    def _ordered(self) -> list[int]:
+        return sorted(self.groups, key=lambda slot: (-self.groups[slot].num_carries, -self.groups[slot].expected))
+
+
+def _begun(group: Group, num_samples: int) -> list[Rollout]:
+    """A group's responses at the beginning of a step: all that is there was carried."""
+    if group.responses:
+        return [replace(r, num_carried=len(r.response_ids)) for r in group.responses]
+    nothing = {"response_ids": (), "rollout_logprob": (), "finish": "unfinished", "text": ""}
+    return [Rollout(problem=group.problem, sample=k, **nothing) for k in range(num_samples)]
+
+
+def _grown(begun: Rollout, ids: Sequence[int], logprobs: Sequence[float], finish: str, decode: Callable[..., str]) -> Rollout:
+    """begun with all of its tokens as they are now."""
+    text = "" if finish == "unfinished" else decode(ids, skip_special_tokens=True)
+    return replace(begun, response_ids=tuple(ids), rollout_logprob=tuple(logprobs), finish=finish, text=text)
+
+
 # --- vLLM -------------------------------------------------------------------------------------
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """vLLM in this process."""
 
     name = "vllm"
@@ -195,6 +294,7 @@ class VLLMEngine:
             max_model_len=config.data.max_prompt_length + rollout.max_response_length,
             max_num_seqs=rollout.max_num_seqs,
             enforce_eager=rollout.enforce_eager or not self.on_gpu,
+            enable_chunked_prefill=self.on_gpu,  # on a CPU a request with a seed fails when its prompt is read in parts
             logprobs_mode="processed_logprobs",  # the trainer needs the distribution that was sampled, temperature in it
             generation_config="vllm",  # a model's own top_k or repetition penalty would change that distribution
             seed=config.train.seed,
@@ -206,68 +306,76 @@ class VLLMEngine:
         self._tp_group, self._tp_ranks = _tensor_parallel_group(rollout.tensor_parallel_size)
         self._requests = 0
 
-    def generate(
+    def generate_until(
         self,
-        problems: Sequence[Problem],
+        groups: Mapping[int, Group],
         sampling: Sampling,
         *,
-        slots: Sequence[int],
+        enough: int,
         on_finish: Callable[[Rollout], object] | None = None,
-    ) -> list[Rollout]:
-        mine = [(slot, problem) for slot, problem in zip(slots, problems, strict=True)]
+    ) -> tuple[dict[int, Group], dict[int, Group]]:
         # Ranks of one tensor-parallel engine must see the same requests: all generate all, each keeps its own.
-        work = [item for part in self._gather(mine) for item in part]
-        own = {slot for slot, _ in mine}
+        parts = self._gather((groups, enough))
+        everyones = {slot: group for part, _ in parts for slot, group in part.items()}
+        harvest = Harvest(everyones, sampling.n, sum(share for _, share in parts), on_finish, groups)
         engine = self.llm.llm_engine
-        waiting: dict[str, tuple[int, int, Problem]] = {}
-        for slot, problem in work:
-            for sample in range(sampling.n):
-                self._requests += 1
-                request_id = str(self._requests)
-                waiting[request_id] = (slot, sample, problem)
-                prompt = {"prompt_token_ids": list(problem.prompt_ids)}
-                engine.add_request(request_id, prompt, self._params(sampling, slot, sample))
-        done: dict[tuple[int, int], Rollout] = {}
-        while engine.has_unfinished_requests():
+        waiting: dict[str, tuple[int, Rollout]] = {}
+        for slot, begun in harvest.work() if not harvest.full else ():
+            self._requests += 1
+            request_id = str(self._requests)
+            waiting[request_id] = (slot, begun)
+            prompt = {"prompt_token_ids": [*begun.problem.prompt_ids, *begun.response_ids]}
+            engine.add_request(request_id, prompt, self._params(sampling, slot, begun))
+        if sampling.stop:
+            self._show_carried_text(waiting)
+        while not harvest.full:
             for output in engine.step():
-                if not output.finished:
-                    continue
-                slot, sample, problem = waiting[output.request_id.split("-")[0]]
-                if slot in own:
-                    done[slot, sample] = self._rollout(problem, sample, output.outputs[0])
-                    if on_finish is not None:
-                        on_finish(done[slot, sample])
-        return [done[slot, sample] for slot in slots for sample in range(sampling.n)]
+                if output.finished:
+                    slot, begun = waiting.pop(_request_id(output.request_id))
+                    completion = output.outputs[0]
+                    finish = "length" if completion.finish_reason == "length" else "stop"
+                    harvest.put(slot, self._grown(begun, completion.token_ids, completion.logprobs, finish))
+        for request_id, state in self._states().items():
+            slot, begun = waiting[request_id]
+            ids, logprobs = state.detokenizer.output_token_ids, state.logprobs_processor.logprobs
+            harvest.put(slot, self._grown(begun, ids, logprobs, "unfinished"))
+        engine.abort_request(list(waiting))
+        while engine.engine_core.engine_core.batch_queue:  # what asynchronous scheduling has under way holds cache blocks
+            engine.step()
+        return harvest.result()
 
-    def _params(self, sampling: Sampling, slot: int, sample: int) -> Any:
+    def _states(self) -> dict[str, Any]:
+        """By request, what vLLM keeps of its output: a request cut short has no other."""
+        return {_request_id(name): state for name, state in self.llm.llm_engine.output_processor.request_states.items()}
+
+    def _show_carried_text(self, waiting: Mapping[str, tuple[int, Rollout]]) -> None:
+        """Puts the end of what was carried before the text that stop strings are looked for in: one may lie across."""
+        for request_id, state in self._states().items():
+            _, begun = waiting[request_id]
+            state.detokenizer.output_text = self.tokenizer.decode(begun.response_ids[-_STOP_TOKENS:], skip_special_tokens=True)
+
+    def _params(self, sampling: Sampling, slot: int, begun: Rollout) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
+            max_tokens=sampling.max_tokens - len(begun.response_ids),
             stop=list(sampling.stop) or None,
             stop_token_ids=list(self.eos_ids),
-            seed=_seed(sampling.seed, slot, sample) if sampling.temperature > 0 else None,
+            seed=_seed(sampling.seed, slot, begun.sample) if sampling.temperature > 0 else None,
             logprobs=0,  # the sampled token's alone
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _rollout(self, problem: Problem, sample: int, completion: Any) -> Rollout:
-        ids = tuple(completion.token_ids)
-        logprobs = tuple(position[token].logprob for position, token in zip(completion.logprobs, ids, strict=True))
-        return Rollout(
-            problem=problem,
-            sample=sample,
-            response_ids=ids,
-            rollout_logprob=logprobs,
-            finish="length" if completion.finish_reason == "length" else "stop",
-            text=self.tokenizer.decode(ids, skip_special_tokens=True),
-        )
+    def _grown(self, begun: Rollout, ids: Sequence[int], positions: Sequence[Any], finish: str) -> Rollout:
+        logprobs = [position[token].logprob for position, token in zip(positions, ids, strict=True)]
+        ids, logprobs = [*begun.response_ids, *ids], [*begun.rollout_logprob, *logprobs]
+        return _grown(begun, ids, logprobs, finish, self.tokenizer.decode)
 
-    def _gather(self, mine: list) -> list[list]:
+    def _gather(self, mine: Any) -> list[Any]:
         if self._tp_group is None:
             return [mine]
         parts: list = [None] * len(self._tp_ranks)
@@ -317,6 +425,11 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def _request_id(name: str) -> str:
+    """The name we gave a request; vLLM adds one of its own."""
+    return name.split("-")[0]
+
+
 def _keep_cpu_weights() -> None:
     """vLLM's CPU build throws a linear layer's weights away once it has repacked them: kept, a push can be checked there."""
     from vllm.model_executor.layers import utils
@@ -344,7 +457,7 @@ def _tensor_parallel_group(size: int) -> tuple[Any, list[int]]:
 # --- transformers -----------------------------------------------------------------------------
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Batched, cached generation with the Hugging Face model, for machines where vLLM does not run."""
 
     name = "transformers"
@@ -358,43 +471,39 @@ class TransformersEngine:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
 
     @torch.inference_mode()
-    def generate(
+    def generate_until(
         self,
-        problems: Sequence[Problem],
+        groups: Mapping[int, Group],
         sampling: Sampling,
         *,
-        slots: Sequence[int],
+        enough: int,
         on_finish: Callable[[Rollout], object] | None = None,
-    ) -> list[Rollout]:
-        work = [(slot, k, p) for slot, p in zip(slots, problems, strict=True) for k in range(sampling.n)]
-        longest_first = sorted(range(len(work)), key=lambda i: -len(work[i][2].prompt_ids))
-        done: dict[int, Rollout] = {}
+    ) -> tuple[dict[int, Group], dict[int, Group]]:
+        # Prompts of like length side by side need the least padding.
+        shortest_last = sorted(groups.items(), key=lambda item: -len(item[1].problem.prompt_ids))
+        harvest = Harvest(dict(shortest_last), sampling.n, enough, on_finish, groups)
+        work = harvest.work()
         for start in range(0, len(work), self.max_num_seqs):
-            chosen = longest_first[start : start + self.max_num_seqs]
-            self._generate_batch([work[i] for i in chosen], chosen, sampling, done, on_finish)
-        return [done[i] for i in range(len(work))]
+            if not harvest.full:
+                self._generate_batch(work[start : start + self.max_num_seqs], sampling, harvest)
+        return harvest.result()
 
-    def _generate_batch(
-        self,
-        work: list[tuple[int, int, Problem]],
-        names: list[int],
-        sampling: Sampling,
-        done: dict[int, Rollout],
-        on_finish: Callable[[Rollout], object] | None,
-    ) -> None:
+    def _generate_batch(self, work: list[tuple[int, Rollout]], sampling: Sampling, harvest: Harvest) -> None:
         """Decodes one left-padded batch, dropping finished rows from the cache when half of them are done."""
-        longest = max(len(problem.prompt_ids) for _, _, problem in work)
-        pad = [longest - len(problem.prompt_ids) for _, _, problem in work]
-        ids = torch.tensor([[0] * p + list(w[2].prompt_ids) for p, w in zip(pad, work, strict=True)], device=self.device)
+        prompts = [[*begun.problem.prompt_ids, *begun.response_ids] for _, begun in work]
+        longest = max(map(len, prompts))
+        pad = [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * p + prompt for p, prompt in zip(pad, prompts, strict=True)], device=self.device)
         attend = torch.tensor([[0] * p + [1] * (longest - p) for p in pad], device=self.device)
         position = (attend.cumsum(-1) - 1).clamp(min=0)
-        generators = [torch.Generator(self.device).manual_seed(_seed(sampling.seed, slot, k)) for slot, k, _ in work]
-        tokens: list[list[int]] = [[] for _ in work]
-        logprobs: list[list[float]] = [[] for _ in work]
+        seeds = [_seed(sampling.seed, slot, begun.sample) for slot, begun in work]
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        tokens = [list(begun.response_ids) for _, begun in work]
+        logprobs = [list(begun.rollout_logprob) for _, begun in work]
         rows = list(range(len(work)))  # which work item each row of the batch is
         cache = DynamicCache(config=self.model.config)
         finished: set[int] = set()
-        for step in range(sampling.max_tokens):
+        while len(finished) < len(work) and not harvest.full:
             out = self.model(
                 input_ids=ids, attention_mask=attend, position_ids=position, past_key_values=cache, logits_to_keep=1
             )
@@ -404,37 +513,26 @@ class TransformersEngine:
                     continue
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
+                slot, begun = work[row]
                 stopped = token in self.eos_ids or self._hit_stop(tokens[row], sampling.stop)
-                if stopped or step + 1 == sampling.max_tokens:
+                if stopped or len(tokens[row]) == sampling.max_tokens:
                     finished.add(row)
-                    rollout = self._rollout(work[row], tokens[row], logprobs[row], stopped)
-                    done[names[row]] = rollout
-                    if on_finish is not None:
-                        on_finish(rollout)
-            if len(finished) == len(work):
-                return
+                    finish = "stop" if stopped else "length"
+                    harvest.put(slot, _grown(begun, tokens[row], logprobs[row], finish, self.tokenizer.decode))
             ids, position = token_B[:, None], position[:, -1:] + 1
             attend = torch.cat([attend, attend.new_ones(len(rows), 1)], 1)
             alive = [i for i, row in enumerate(rows) if row not in finished]
-            if len(alive) <= len(rows) // 2:
+            if alive and len(alive) <= len(rows) // 2:
                 keep = torch.tensor(alive, device=self.device)
                 cache.batch_select_indices(keep)
                 ids, position, attend = ids[keep], position[keep], attend[keep]
                 rows = [rows[i] for i in alive]
+        for row in set(range(len(work))) - finished:
+            slot, begun = work[row]
+            harvest.put(slot, _grown(begun, tokens[row], logprobs[row], "unfinished", self.tokenizer.decode))
 
     def _hit_stop(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        return bool(stop) and any(s in self.tokenizer.decode(tokens[-64:]) for s in stop)
-
-    def _rollout(self, work: tuple[int, int, Problem], ids: list[int], logprobs: list[float], stopped: bool) -> Rollout:
-        _, sample, problem = work
-        return Rollout(
-            problem=problem,
-            sample=sample,
-            response_ids=tuple(ids),
-            rollout_logprob=tuple(logprobs),
-            finish="stop" if stopped else "length",
-            text=self.tokenizer.decode(ids, skip_special_tokens=True),
-        )
+        return bool(stop) and any(s in self.tokenizer.decode(tokens[-_STOP_TOKENS:]) for s in stop)
 
     def sleep(self) -> None:
         """Keeps its copy: on a CPU there is nothing to swap to, on a GPU a user wants vLLM."""

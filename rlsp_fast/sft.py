@@ -51,7 +51,7 @@ def train(
     start = time.perf_counter()
     tokens = 0
     for step in range(first_step, total):
-        batch = data.batch(demonstrations, seed=config.train.seed, step=step, batch_size=sft.batch_size)
+        batch = data.batch(demonstrations, seed=config.train.seed, start=step * sft.batch_size, size=sft.batch_size)
         loss = torch.zeros((), device=device)
         for packed, weight_T in _micro_batches(config, batch, device):
             part = _loss(policy, packed, weight_T)

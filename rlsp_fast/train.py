@@ -9,7 +9,7 @@ import resource
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -30,11 +30,12 @@ from rlsp_fast.log import RunLog, Timer, clock
 from rlsp_fast.memory import Colocated
 from rlsp_fast.model import Critic, Policy
 from rlsp_fast.optim import Optimizer
+from rlsp_fast.pending import Pending
 from rlsp_fast.ppo import PPO, Sample
 from rlsp_fast.report import write_report
 from rlsp_fast.reward import Scorer, uses_judge
 from rlsp_fast.rollout import Sampling, make_engine
-from rlsp_fast.types import Rollout, Score
+from rlsp_fast.types import Group, Rollout, Score
 
 log = logging.getLogger(__name__)
 
@@ -246,13 +247,15 @@ class _Run:
         if first:
             checkpoint.load(self.folder, first, trained)
         engine.offload = budget.offload(config, ppo)
+        begun = checkpoint.load_pending(self.folder, first) if first else None
+        pending = Pending.restored(begun, train) if begun else Pending()
         sync.push(policy, engine, self.dtype)
         watch = self._watch(first)
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
                 with budget.explaining(engine, config, self.device):
-                    metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, labeller, train)
+                    metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, labeller, train, pending)
                 metrics |= behaviours(rollouts, scores, labeller, self.monitors)
                 done, last = step + 1, step + 1 == total
                 alarm = self._alarm(watch, done, metrics)
@@ -266,7 +269,7 @@ class _Run:
                 elapsed = time.perf_counter() - start
                 run_log.line(_progress(done, total, elapsed / (done - first) * (total - done), metrics))
                 if last or stopped or (config.output.save_every and done % config.output.save_every == 0):
-                    path = self._save(done, policy, engine, trained)
+                    path = self._save(done, policy, engine, trained, pending)
                     if alarm is not None and not last:
                         raise AlarmedError(f"{alarm.detector}: {_goodbye('RL step', done, total, path)}")
                     if stopped and not last:
@@ -317,12 +320,17 @@ class _Run:
         return PPO(config, policy, actor_optimizer, critic, critic_optimizer, ref, self.device), trained
 
     def _save(
-        self, step: int, policy: Policy, engine: Colocated, trained: dict[str, tuple[torch.nn.Module, Optimizer]]
+        self,
+        step: int,
+        policy: Policy,
+        engine: Colocated,
+        trained: dict[str, tuple[torch.nn.Module, Optimizer]],
+        pending: Pending,
     ) -> Path:
         """A checkpoint and a Hugging Face folder. Offloaded states must come back to be saved, so the engine sleeps for it."""
         if engine.offload is not None:
             engine.sleep()
-        path = checkpoint.save(self.folder, step, trained)
+        path = checkpoint.save(self.folder, step, trained, pending.state())
         self._export(policy, step)
         if engine.offload is not None:
             sync.push(policy, engine, self.dtype)
@@ -349,16 +357,18 @@ def rl_step(
     scorer: Scorer,
     labeller: monitor.Labeller,
     train: Sequence[Problem],
+    pending: Pending,
 ) -> tuple[dict[str, float], list[Rollout], list[Score]]:
     """Generate, score, annotate, update, push. Returns metrics of all ranks and this rank's rollouts and scores.
 
-    The labeller has been told of every response and may still be at work. With dynamic sampling, metrics of rewards and
-    lengths are those of everything generated; where nothing was kept, the step updates nothing.
+    pending brings what the step before has left, and takes what this one leaves. The labeller has been told of every response
+    and may still be at work. With dynamic sampling, metrics of rewards and lengths are those of everything generated; where
+    nothing was kept, the step updates nothing.
     """
     timer = Timer()
     start = time.perf_counter()
     t = config.train
-    rollouts, scores, slots, weights, sampled = _sample_problems(config, step, engine, scorer, labeller, train, timer)
+    rollouts, scores, slots, weights, sampled = _sample_problems(config, step, engine, scorer, labeller, train, pending, timer)
     if not weights:
         log.log(
             logging.WARNING if dist.rank() == 0 else logging.INFO,
@@ -375,7 +385,7 @@ def rl_step(
     with timer("sleep"):
         engine.sleep()
     metrics = sampled | ppo.annotate(mini_batches, timer)
-    if config.rollout.top_p == 1:
+    if config.rollout.top_p == 1 and "training/rollout_probs_diff_mean" in metrics:  # it may be that all tokens are carried
         sync.verify(
             metrics["training/rollout_probs_diff_mean"],
             metrics["training/rollout_probs_diff_max"],
@@ -401,12 +411,14 @@ def _sample_problems(
     scorer: Scorer,
     labeller: monitor.Labeller,
     train: Sequence[Problem],
+    pending: Pending,
     timer: Timer,
 ) -> tuple[list[Rollout], list[Score], list[int], dict[int, float], dict[str, float]]:
     """Generates and scores a step's responses, in rounds where rollout.dynamic_sampling = refill.
 
-    The first round's problems are those that every run with this seed has at this step; later rounds draw from an order of
-    the step's own, never a problem that the step has tried. A slot counts the problems of a step through its rounds.
+    The first round's problems are what earlier steps left, then those that every run with this seed has at this step; later
+    rounds draw from an order of the step's own, never a problem that the step has tried. A slot counts the problems of a step
+    through its rounds.
 
     Returns:
         This rank's rollouts, scores and slots (one per problem); what each slot to train on counts, the same on every rank;
@@ -415,28 +427,35 @@ def _sample_problems(
     t, r = config.train, config.rollout
     rollouts: list[Rollout] = []
     scores: list[Score] = []
-    mine: list[int] = []
+    num_carries: dict[int, int] = {}  # by slot, of this rank
     num_right: dict[int, int] = {}  # by slot, of all ranks: the correct responses
-    chosen = data.batch(range(len(train)), seed=t.seed, step=step, batch_size=t.batch_size)
+    chosen = pending.take(train, seed=t.seed, step=step, batch_size=t.batch_size, oversample=r.oversample)
+    early = r.oversample > 1 or any(group.num_carries for group in chosen)
     tried: set[int] = set()
+    num_slots = 0
     for num_rounds in count(1):
-        first = len(num_right)
-        slots = range(first + dist.rank(), first + len(chosen), dist.world_size())
-        problems = [train[chosen[i - first]] for i in slots]
-        new, new_scores = _generate(config, step, engine, scorer, labeller, problems, slots, timer)
-        rights = {slot: sum(s.correct for s in new_scores[i * r.n : (i + 1) * r.n]) for i, slot in enumerate(slots)}
-        for part in dist.gather_objects(rights):
-            num_right |= part
-        rollouts, scores, mine = rollouts + new, scores + new_scores, mine + list(slots)
-        tried.update(chosen)
+        groups = {num_slots + i: chosen[i] for i in range(dist.rank(), len(chosen), dist.world_size())}
+        enough = len(range(dist.rank(), min(t.batch_size, len(chosen)), dist.world_size()))
+        taken, left, new_scores = _generate(config, step, engine, scorer, labeller, groups, enough, timer)
+        rights = {slot: sum(s.correct for s in new_scores[i * r.n : (i + 1) * r.n]) for i, slot in enumerate(taken)}
+        lengths = {g.position: sum(len(x.response_ids) for x in g.responses) / r.n for g in taken.values()}
+        parts = dist.gather_objects((rights, lengths, left))
+        num_right |= {slot: right for part, _, _ in parts for slot, right in part.items()}
+        everyones_left = sorted((slot, group) for _, _, part in parts for slot, group in part.items())
+        pending.add([group for _, group in everyones_left], {k: v for _, part, _ in parts for k, v in part.items()}, train)
+        rollouts += [rollout for group in taken.values() for rollout in group.responses]
+        scores += new_scores
+        num_carries |= {slot: group.num_carries for slot, group in taken.items()}
+        tried.update(group.position for group in chosen)
+        num_slots += len(chosen)
         mixed = sorted(slot for slot, right in num_right.items() if 0 < right < r.n)
         missing = t.batch_size - len(mixed)
         if r.dynamic_sampling != "refill" or missing <= 0 or num_rounds == r.sampling_rounds or len(tried) == len(train):
             break
         # Half as many again as fill the batch if they fare as those before them did: a round costs its longest response.
         wanted = min(t.batch_size, math.ceil(1.5 * missing * len(num_right) / max(len(mixed), 1)))
-        order = data.batch(range(len(train)), seed=(t.seed << 24) + step, step=0, batch_size=len(train))
-        chosen = [i for i in order if i not in tried][:wanted]
+        order = data.batch(range(len(train)), seed=(t.seed << 24) + step, start=0, size=len(train))
+        chosen = pending.begin(train, [i for i in order if i not in tried][:wanted])
     kept = sorted(num_right) if r.dynamic_sampling in ("off", "downweight") else mixed[: t.batch_size]
     less = set(kept).difference(mixed) if r.dynamic_sampling == "downweight" else set()
     weights = {slot: r.sampling_weight if slot in less else 1.0 for slot in kept}
@@ -448,7 +467,21 @@ def _sample_problems(
         "sampling/downweighted": len(less),
         "sampling/rounds": num_rounds,
     }
-    return rollouts, scores, mine, weights, counts if r.n > 1 else {}
+    metrics = counts if r.n > 1 else {}
+    if early:
+        metrics = metrics | _carries(num_carries.values(), pending)
+    return rollouts, scores, list(num_carries), weights, metrics
+
+
+def _carries(num_carries: Collection[int], pending: Pending) -> dict[str, float]:
+    """How old the groups of all ranks are that the step takes, in steps, and how many it leaves."""
+    total, num_groups = dist.sum_over_ranks([sum(num_carries), len(num_carries)])
+    (most,) = dist.max_over_ranks([max(num_carries, default=0)])
+    return {
+        "rollout/carries/mean": total / num_groups,
+        "rollout/carries/max": most,
+        "rollout/problems_left": len(pending.groups),
+    }
 
 
 def _generate(
@@ -457,11 +490,11 @@ def _generate(
     engine: Colocated,
     scorer: Scorer,
     labeller: monitor.Labeller,
-    problems: list[Problem],
-    slots: Sequence[int],
+    groups: Mapping[int, Group],
+    enough: int,
     timer: Timer,
-) -> tuple[list[Rollout], list[Score]]:
-    """This rank's responses to its problems, and what they earned."""
+) -> tuple[dict[int, Group], dict[int, Group], list[Score]]:
+    """This rank's groups taken and left, by slot, and what the responses of those taken earned."""
     scoring: dict[int, Future[Score]] = {}
 
     def finished(rollout: Rollout) -> None:  # overlaps generation
@@ -469,14 +502,14 @@ def _generate(
         labeller.submit(rollout)
 
     with timer("gen"):
-        rollouts = engine.generate(
-            problems,
+        taken, left = engine.generate_until(
+            groups,
             _sampling(config, n=config.rollout.n, seed=(config.train.seed << 24) + step),
-            slots=slots,
+            enough=enough,
             on_finish=finished,
         )
     with timer("reward"):
-        return rollouts, [scoring[id(rollout)].result() for rollout in rollouts]
+        return taken, left, [scoring[id(r)].result() for group in taken.values() for r in group.responses]
 
 
 def _gather_samples(
@@ -489,6 +522,7 @@ def _gather_samples(
             prompt_ids=rollout.problem.prompt_ids,
             response_ids=rollout.response_ids,
             rollout_logprob=rollout.rollout_logprob,
+            num_carried=rollout.num_carried,
             reward=score.reward,
             weight=weights[slots[i // n]],
         )

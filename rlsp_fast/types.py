@@ -41,13 +41,30 @@ class Rollout:
     sample: int
     """Which of the K samples of this problem, from 0."""
     response_ids: tuple[int, ...]
-    """Sampled token ids; ends with the end-of-sequence token if that was sampled. Never empty."""
+    """Sampled token ids; ends with the end-of-sequence token if that was sampled. Empty only while unfinished."""
     rollout_logprob: tuple[float, ...]
     """Per response token, nats: log-probability under the distribution it was sampled from (temperature applied)."""
     finish: str
-    """`stop` (end of sequence or a stop string) or `length` (cut at the limit: truncated)."""
+    """`stop` (end of sequence or a stop string), `length` (cut at the limit: truncated), or `unfinished` (to be continued)."""
     text: str
-    """The response as text, special tokens left out."""
+    """The response as text, special tokens left out; empty while unfinished."""
+    num_carried: int = 0
+    """How many of the first tokens were sampled in earlier steps, from the weights of then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A problem and what there is of its K responses."""
+
+    problem: Problem
+    responses: tuple[Rollout, ...] = ()
+    """In order of sample, finished or not. Empty: none is begun."""
+    num_carries: int = 0
+    """Steps that worked on it and did not train on it."""
+    position: int = 0
+    """Of its problem in the training data."""
+    expected: float = 0.0
+    """Tokens that a response of it is expected to have. Orders the work of an engine, and changes nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

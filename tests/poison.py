@@ -5,13 +5,12 @@ weights, without a KV cache, or with a prefix cache of old weights raises what w
 that engine and trainer share, and runs out of them as a GPU would.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from rlsp_fast.rollout import Sampling, TransformersEngine
-from rlsp_fast.types import Problem, Rollout
+from rlsp_fast.rollout import TransformersEngine
 
 
 class Mistake(AssertionError):
@@ -55,14 +54,7 @@ class PoisonEngine(TransformersEngine):
         room.take("engine weights", self.weight_bytes)
         room.take("engine KV cache", kv_bytes)
 
-    def generate(
-        self,
-        problems: Sequence[Problem],
-        sampling: Sampling,
-        *,
-        slots: Sequence[int],
-        on_finish: Callable[[Rollout], object] | None = None,
-    ) -> list[Rollout]:
+    def generate_until(self, *args: object, **options: object) -> tuple[dict, dict]:
         self.verbs.append("generate")
         if not self.weights_awake:
             raise Mistake("generate before the weights are awake")
@@ -72,7 +64,7 @@ class PoisonEngine(TransformersEngine):
             raise Mistake("generate with weights that sleep discarded")
         if self.prefix_is_stale:
             raise Mistake("generate with a prefix cache of the weights before")
-        return super().generate(problems, sampling, slots=slots, on_finish=on_finish)
+        return super().generate_until(*args, **options)
 
     @torch.no_grad()
     def sleep(self) -> None:

@@ -379,7 +379,7 @@ def test_prompts_that_no_template_can_take_are_refused():
 
 def positions(num_problems, seed, step, batch_size):
     problems = [problem(index=i) for i in range(num_problems)]
-    return [p.index for p in batch(problems, seed=seed, step=step, batch_size=batch_size)]
+    return [p.index for p in batch(problems, seed=seed, start=step * batch_size, size=batch_size)]
 
 
 @pytest.mark.parametrize("num_problems, batch_size", [(7, 3), (7, 7), (3, 10), (1, 4), (8, 4)])
@@ -403,13 +403,13 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_a_late_step_costs_no_more_than_the_first():
     problems = [problem()] * 100_000
     started = time.perf_counter()
-    assert len(batch(problems, seed=0, step=10**9, batch_size=512)) == 512
+    assert len(batch(problems, seed=0, start=512 * 10**9, size=512)) == 512
     assert time.perf_counter() - started < 0.5
 
 
 def test_no_problems_make_no_batch():
     with pytest.raises(DataError, match="want at least one item"):
-        batch([], seed=0, step=0, batch_size=1)
+        batch([], seed=0, start=0, size=1)
 
 
 # Demonstrations

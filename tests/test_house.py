@@ -13,7 +13,7 @@ LAYERS = [  # a module may import only from rows above its own
     {"__version__", "config", "types", "answer", "spelling", "repetition"},
     {"rlsp_kernels", "notation"},
     {"data", "verifier", "verify_worker", "judge", "packing", "dist"},
-    {"reward", "decontaminate", "monitor", "log", "model", "rollout", "optim", "memory", "shapes"},
+    {"reward", "decontaminate", "pending", "monitor", "log", "model", "rollout", "optim", "memory", "shapes"},
     {"checkpoint", "sync", "ppo", "sft", "evaluate", "report", "convert", "plan"},
     {"budget"},
     {"train", "demo", "doctor"},
@@ -22,7 +22,7 @@ LAYERS = [  # a module may import only from rows above its own
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 WITHOUT_TORCH = {
     "config", "types", "answer", "spelling", "notation", "repetition", "verifier", "verify_worker", "judge", "data", "reward",
-    "decontaminate", "monitor", "shapes", "plan",
+    "decontaminate", "pending", "monitor", "shapes", "plan",
 }  # fmt: skip
 SOLE_IMPORTERS = {
     "vllm": {"rollout", "sync"},

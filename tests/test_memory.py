@@ -248,12 +248,12 @@ def test_offloaded_states_come_back_as_they_were_and_are_gone_in_between(config,
 class Generating(PoisonEngine):
     """Notes, whenever it generates, the bytes that Adam's moments, critics and references hold on the device."""
 
-    def generate(self, *args, **options):
+    def generate_until(self, *args, **options):
         found = gc.get_objects()
         moments = [m for o in found if isinstance(o, Optimizer) for m in o.moments()]
         models = [p for o in found if isinstance(o, PPO) for m in (o.critic, o.ref) for p in m.parameters()]
         self.held_meanwhile.append(sum(t.to_local().untyped_storage().nbytes() for t in [*moments, *models]))
-        return super().generate(*args, **options)
+        return super().generate_until(*args, **options)
 
 
 @pytest.mark.parametrize("states", [("adam",), ("adam", "critic", "reference")], ids=str)
