@@ -159,6 +159,7 @@ def _places(pair: _Pair, wanted: Any) -> Iterator[tuple[str, Any, str]]:
         entries = vars(sys.modules[home])[registry]
         yield from ((f"{home}.{registry}[{key!r}]", entries, key) for key, value in entries.items() if value is wanted)
     for module_name, module in list(sys.modules.items()):
-        # vars, not getattr: a lazy module would import all it has
-        names = vars(module) if inspect.ismodule(module) else {}
+        if module_name.startswith("rlsp_kernels.") or not inspect.ismodule(module):
+            continue  # a replacement that is a function of ours stays what it is
+        names = vars(module)  # not getattr: a lazy module would import all it has
         yield from ((f"{module_name}.{key}", names, key) for key, value in names.items() if value is wanted)
