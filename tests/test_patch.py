@@ -281,9 +281,7 @@ def grpo_run(folder, data, loss_type):
     )
     trainer.train()
     logged = [
-        [row[key] for key in ("loss", "entropy", "kl", "grad_norm")]
-        for row in trainer.state.log_history
-        if "loss" in row
+        [row[key] for key in ("loss", "entropy", "kl", "grad_norm")] for row in trainer.state.log_history if "loss" in row
     ]
     return torch.tensor(logged), torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
