@@ -7,7 +7,12 @@ TRL comes with the extra [test], verl and OpenRLHF are skipped with the reason w
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +20,7 @@ import torch
 from rlsp_kernels import patch
 from rlsp_kernels.patch import swap
 from rlsp_kernels.patch.swap import Swap
+from tiny import save_model
 from torch.testing import assert_close
 
 B, L, D, V = 3, 7, 16, 53
@@ -258,7 +264,6 @@ def test_under_autocast_the_gradient_of_a_float32_head_is_not_rounded(trl):
 
 def grpo_run(folder, data, loss_type):
     """20 steps of TRL's GRPO on a random two-layer model: what it logged, and the weights in the end."""
-    from tiny import save_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import GRPOConfig, GRPOTrainer
 
@@ -426,3 +431,36 @@ def test_after_the_context_a_trainer_is_as_it_was_even_after_an_error(name, requ
                    for one, old in zip(swaps, before, strict=True))  # fmt: skip
         raise KeyError
     assert [swap._prepare(name, "", one).original for one in swaps] == before
+
+
+# --- the recipes of docs/patching.md -----------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+NEEDS = {"trl_grpo.py": "trl", "torchtitan_model.py": "torchtitan"}
+SHOWS = {  # two ways to the same loss, or a line that only a run to the end prints
+    "loop.py": r"step 29: reward 0\.[6-9]",
+    "hf_trainer.py": r"Trainer (.*)\n(?s:.*)FusedTrainer \1\n",
+    "compiled.py": r"(loss .*, clipped [1-9].*)\n\1",
+    "trl_grpo.py": r"trl 1\.\S+: 5 functions replaced(?s:.*)train_runtime",
+    "torchtitan_model.py": r"loss (\S+)\d with logits, \1",
+}
+
+
+def test_every_recipe_is_run_and_named_in_the_docs():
+    files = {path.name for path in (ROOT / "docs" / "recipes").glob("*.py")}
+    assert files == SHOWS.keys() == set(re.findall(r"recipes/(\w+\.py)", (ROOT / "docs" / "patching.md").read_text()))
+
+
+@pytest.mark.parametrize("recipe", SHOWS)
+def test_a_recipe_runs_and_shows_what_it_should(recipe, tmp_path):
+    if recipe in NEEDS and importlib.util.find_spec(NEEDS[recipe]) is None:
+        pytest.skip(f"{NEEDS[recipe]} is not installed")
+    arguments = [save_model(tmp_path)] if recipe == "trl_grpo.py" else []
+    paths = [str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "docs" / "recipes" / recipe, *arguments],
+        capture_output=True, text=True, cwd=tmp_path, env=env | {"PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(SHOWS[recipe], done.stdout), done.stdout
