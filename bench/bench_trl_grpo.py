@@ -2,10 +2,10 @@
 
     python bench/bench_trl_grpo.py [--sequences 8] [--prompt 128] [--completion 1024] [--repeats 5]
 
-TRL's own trainer and loss (trl 1.15 or 1.16), on completions of random tokens: no generation, which the patch does not touch.
-A step is loss, backward and AdamW. Unpatched and patched take turns in one process; medians count. On a GPU the model has random
-weights in the shape of Qwen2.5-0.5B (V 151936, D 896, 24 layers), float32 under bf16 autocast; on a CPU a small one, which only
-proves that the bench works. Also prints the largest difference of the losses. Appends to bench/results/trl_grpo.csv.
+TRL's own trainer and loss (trl 1.15, 1.16) on completions of random tokens: no generation, which the patch does not touch.
+A step is loss, backward and AdamW. Unpatched and patched take turns in one process; medians count. On a GPU the model has
+random weights in the shape of Qwen2.5-0.5B (V 151936, D 896, 24 layers), float32 under bf16 autocast; on a CPU it is small and
+only proves that the bench works. Also prints the largest difference of the losses. Appends to bench/results/trl_grpo.csv.
 """
 
 import argparse

@@ -21,7 +21,7 @@ def apply(*, any_version: bool = False, logits_budget: int = LOGITS_BUDGET) -> P
 
     The last one is what the fused head of TRL's GRPO, RLOO, SFT, DPO and KTO trainers calls: it goes from hidden states to
     log-probabilities without holding (B, L, V), and so does the replacement. Left to TRL's own code: several tokens a row,
-    outputs other than log-probability and entropy, a head sharded by DeepSpeed ZeRO-3.
+    half-precision logits on a CPU, outputs other than log-probability and entropy, a head sharded by DeepSpeed ZeRO-3.
 
     Args:
         any_version: also patch a version that is not in TESTED, if its functions take the parameters known here.
@@ -90,10 +90,10 @@ def _selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Ten
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
-        if index.shape != logits.shape[:-1]:  # several tokens a row
+        if index.shape != logits.shape[:-1] or _rounds(logits):
             return original(logits, index, temperature=temperature, row_mask=row_mask)
         logprob, _ = logprob_entropy_rows(logits, index, temperature=temperature, need_entropy=False)
-        return _masked(_as_trl(logprob, logits), row_mask)
+        return _masked(logprob, row_mask)
 
     return selective_log_softmax
 
@@ -106,26 +106,27 @@ def _selective_log_softmax_and_entropy(original: Callable[..., Any]) -> Callable
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if index.shape != logits.shape[:-1]:
+        if index.shape != logits.shape[:-1] or _rounds(logits):
             return original(logits, index, entropy_requires_grad, temperature=temperature, row_mask=row_mask)
-        both = logprob_entropy_rows(logits, index, temperature=temperature)
-        logprob, entropy = (_masked(_as_trl(x, logits), row_mask) for x in both)
+        logprob, entropy = _logprob_entropy(logits, index, temperature, row_mask)
         return logprob, entropy if entropy_requires_grad else entropy.detach()
 
     return selective_log_softmax_and_entropy
 
 
-def _entropy_from_logits(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+        if _rounds(logits):
+            return original(logits, chunk_size)
         index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        return _as_trl(logprob_entropy_rows(logits, index)[1], logits)
+        return logprob_entropy_rows(logits, index)[1]
 
     return entropy_from_logits
 
 
-def _as_trl(x: Tensor, logits: Tensor) -> Tensor:
-    """In the dtype that TRL returns: its kernel gives float32, its plain torch on other devices the dtype of the logits."""
-    return x if logits.device.type in ("cuda", "xpu") else x.to(logits.dtype)
+def _rounds(logits: Tensor) -> bool:
+    """Whether TRL computes in half precision, rounding each step: not on the devices that its kernel runs on."""
+    return logits.dtype.itemsize < 4 and logits.device.type not in ("cuda", "xpu")
 
 
 def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
