@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rlsp_kernels import patch
-from rlsp_kernels.patch import swap
+from rlsp_kernels.patch import swap, without_logits
 from rlsp_kernels.patch.swap import Swap
-from tiny import save_model
+from tiny import VOCAB, save_model
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 B, L, D, V = 3, 7, 16, 53
 ROUNDING = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 6e-2}}
@@ -233,10 +234,17 @@ def test_several_tokens_a_row_and_half_precision_on_a_cpu_are_left_to_trl(trl):
     assert all(torch.equal(x, y) for x, y in zip(own, theirs, strict=True))
 
 
+@pytest.fixture
+def fused_head(trl):
+    """trl, where it has a fused head: from 1.15 on."""
+    pytest.importorskip("trl.kernels.chunked_logprob")
+    return trl
+
+
 @pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy"), ("log_probs", "is_top1")])
 @pytest.mark.parametrize(("bias", "softcap", "logit_scale"), [(False, None, 1.0), (True, 5.0, 0.5)])
-def test_trls_fused_head_gives_its_numbers(trl, outputs, bias, softcap, logit_scale):
-    utils, ours = trl
+def test_trls_fused_head_gives_its_numbers(fused_head, outputs, bias, softcap, logit_scale):
+    utils, ours = fused_head
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias_V = (torch.randn(shape, generator=generator) for shape in ((B * L, D), (V, D), (V,)))
     token = torch.randint(V, (B * L,), generator=generator)
@@ -249,8 +257,8 @@ def test_trls_fused_head_gives_its_numbers(trl, outputs, bias, softcap, logit_sc
     assert_same(ours, scores, hidden, weight, *([bias_V] if bias else []))
 
 
-def test_under_autocast_the_gradient_of_a_float32_head_is_not_rounded(trl):
-    utils, ours = trl
+def test_under_autocast_the_gradient_of_a_float32_head_is_not_rounded(fused_head):
+    utils, ours = fused_head
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator) for shape in ((B * L, D), (V, D)))
     token = torch.randint(V, (B * L,), generator=generator)
@@ -267,8 +275,14 @@ def test_under_autocast_the_gradient_of_a_float32_head_is_not_rounded(trl):
     assert not torch.equal(own[-1], own[-1].bfloat16().float())
 
 
-def grpo_run(folder, data, loss_type):
-    """20 steps of TRL's GRPO on a random two-layer model: what it logged, and the weights in the end."""
+@pytest.fixture
+def prompts():
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_list([{"prompt": " ".join(f"w{(7 * i + j) % 50 + 3}" for j in range(4))} for i in range(16)])
+
+
+def grpo_run(folder, data, loss_type="dapo", steps=20):
+    """TRL's GRPO on a random two-layer model: what it logged, and the weights in the end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import GRPOConfig, GRPOTrainer
 
@@ -277,7 +291,7 @@ def grpo_run(folder, data, loss_type):
     model = AutoModelForCausalLM.from_pretrained(path)
     model.config.vocab_size = model.lm_head.out_features
     config = GRPOConfig(
-        output_dir=str(folder / "out"), max_steps=20, per_device_train_batch_size=8, num_generations=4,
+        output_dir=str(folder / "out"), max_steps=steps, per_device_train_batch_size=8, num_generations=4,
         max_completion_length=10, num_iterations=2, temperature=0.8, beta=0.04, entropy_coef=0.01, learning_rate=1e-3,
         loss_type=loss_type, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False, seed=0,
         disable_tqdm=True, gradient_checkpointing=False,
@@ -297,18 +311,88 @@ def grpo_run(folder, data, loss_type):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_twenty_steps_of_trls_grpo_have_the_same_losses(trl, tmp_path, loss_type):
+def test_twenty_steps_of_trls_grpo_have_the_same_losses(trl, tmp_path, prompts, loss_type):
     _, ours = trl
-    from datasets import Dataset
-
-    data = Dataset.from_list([{"prompt": " ".join(f"w{(7 * i + j) % 50 + 3}" for j in range(4))} for i in range(16)])
-    theirs, their_weights = grpo_run(tmp_path, data, loss_type)
+    theirs, their_weights = grpo_run(tmp_path, prompts, loss_type)
     with ours.patched():
-        own, own_weights = grpo_run(tmp_path, data, loss_type)
+        own, own_weights = grpo_run(tmp_path, prompts, loss_type)
     assert theirs.shape == (20, 4) and theirs[:, 0].abs().max() > 1e-3, "losses of nothing would be equal"
     assert_close(own, theirs, rtol=1e-4, atol=1e-5)
     assert_close(own[:, 0], theirs[:, 0], rtol=0, atol=1e-5)
     assert_close(own_weights, their_weights, rtol=0, atol=1e-4)
+
+
+class RowsOfLogits(TorchDispatchMode):
+    """The most rows of a vocabulary's width that any operation returned."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.most = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for x in results if isinstance(results, tuple | list) else [results]:
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 1 and x.shape[-1] == self.vocab:
+                self.most = max(self.most, x.numel() // self.vocab)
+        return results
+
+
+def test_patched_grpo_never_holds_the_logits_of_a_batch(trl, tmp_path, prompts):
+    _, ours = trl
+    with ours.patched(), RowsOfLogits(vocab=VOCAB) as seen:
+        grpo_run(tmp_path, prompts, steps=2)
+    assert 8 <= seen.most <= 32, "the next token of 8 sequences, the head transposed (32 rows); the batch has 80 and more"
+
+
+def tiny_lm(config_class, **more):
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(config_class(**sizes, num_key_value_heads=2, **more))
+
+
+def test_models_that_do_more_to_their_logits_keep_them_and_the_reason_is_given():
+    from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, MixtralConfig, Qwen3Config
+
+    for plain in (LlamaConfig, Qwen3Config, MixtralConfig):
+        assert without_logits.why_not(tiny_lm(plain)) is None
+    for scaled in (Gemma2Config, CohereConfig, GraniteConfig):
+        assert "does more to the logits" in without_logits.why_not(tiny_lm(scaled))
+    lm = tiny_lm(LlamaConfig)
+    lm.lm_head.register_forward_hook(lambda *_: None)
+    assert "has hooks" in without_logits.why_not(lm)
+    lm = tiny_lm(LlamaConfig)
+    lm.lm_head.forward = lm.lm_head.forward
+    assert "no plain nn.Linear" in without_logits.why_not(lm)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_method_on_logits_gives_its_numbers_from_hidden_states_or_says_why_not(trl, plain):
+    """The scoring of TRL 1.14, on a model that it may leave the logits out of and on one that it may not."""
+    from transformers import Gemma2Config, LlamaConfig
+
+    utils, ours = trl
+    lm = tiny_lm(LlamaConfig) if plain else tiny_lm(Gemma2Config)
+    ids, mask = torch.randint(61, (B, L)), torch.rand(B, L) < 0.7
+    shapes = []
+
+    def method(self, model, ids):
+        logits = model(ids).logits[:, :-1]
+        shapes.append(logits.shape[-1])
+        return utils.selective_log_softmax_and_entropy(logits, ids[:, 1:], temperature=0.7, row_mask=mask[:, 1:])
+
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda model: model))
+    results = []
+    for patched in (False, True):
+        lm.zero_grad()
+        with ours.patched() if patched else contextlib.nullcontext():
+            run = without_logits.without_logits(1 << 12)(method) if patched else method
+            with pytest.warns(UserWarning, match="does more") if patched and not plain else contextlib.nullcontext():
+                logprob, entropy = run(trainer, lm, ids)
+        (logprob.sum() + 0.3 * entropy.sum()).backward()
+        results.append([logprob.detach(), entropy.detach(), *(x.grad for x in lm.parameters())])
+    assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    assert shapes == [61, 32 if plain else 61] and lm(ids).logits.shape[-1] == 61
 
 
 @pytest.fixture
@@ -329,7 +413,12 @@ def test_verls_log_probabilities_are_its_own(verl, dtype, flat):
 def test_verls_logits_can_still_be_used_after_their_log_probabilities(verl):
     functions, ours = importlib.import_module("verl.utils.torch_functional"), verl[1]
     logits, token, _ = batch(torch.float32)
-    assert_same(ours, lambda x: (functions.logprobs_from_logits(x * 2, token), functions.entropy_from_logits(x * 2)), logits)
+
+    def both(x):
+        doubled = x * 2
+        return functions.logprobs_from_logits(doubled, token), functions.entropy_from_logits(doubled)
+
+    assert_same(ours, both, logits)
 
 
 @pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3", "low_var_kl", "k3+"])
@@ -427,7 +516,9 @@ def test_openrlhfs_policy_loss_is_its_own(openrlhf, dual_clip, token_level, of_b
 @pytest.mark.parametrize("name", ["trl", "verl", "openrlhf"])
 def test_after_the_context_a_trainer_is_as_it_was_even_after_an_error(name, request):
     _, ours = request.getfixturevalue(name)
-    swaps = ours._swaps("") if name == "openrlhf" else ours._swaps(1 << 20)
+    version = importlib.metadata.version(name)
+    swaps = {"trl": (version, 1 << 20), "verl": (1 << 20,), "openrlhf": (version,)}[name]
+    swaps = ours._swaps(*swaps)
     before = [swap._prepare(name, "", one).original for one in swaps]
     with contextlib.suppress(KeyError), ours.patched() as done:
         assert done.version in ours.TESTED and len(done.replaced) == len(swaps)

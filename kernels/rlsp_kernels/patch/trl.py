@@ -11,17 +11,19 @@ from rlsp_kernels.linear import linear_logprob_entropy
 from rlsp_kernels.patch import swap
 from rlsp_kernels.patch.rows import logprob_entropy_rows
 from rlsp_kernels.patch.swap import Patch, Swap
+from rlsp_kernels.patch.without_logits import current, without_logits
 
-TESTED = ("1.15.0", "1.16.0")
+TESTED = ("1.14.2", "1.15.0", "1.16.0")
 LOGITS_BUDGET = 256 << 20  # bytes: a tile of TRL's, 4,096 tokens by 32,768 columns in bf16
 
 
 def apply(*, any_version: bool = False, logits_budget: int = LOGITS_BUDGET) -> Patch:
-    """Replaces selective_log_softmax, selective_log_softmax_and_entropy, entropy_from_logits and ChunkedLogProbFunction.
+    """Replaces selective_log_softmax, selective_log_softmax_and_entropy, entropy_from_logits and the head of GRPO.
 
-    The last one is what the fused head of TRL's GRPO, RLOO, SFT, DPO and KTO trainers calls: it goes from hidden states to
-    log-probabilities without holding (B, L, V), and so does the replacement. Left to TRL's own code: several tokens a row,
-    half-precision logits on a CPU, outputs other than log-probability and entropy, a head sharded by DeepSpeed ZeRO-3.
+    TRL from 1.15 on goes from hidden states to log-probabilities in ChunkedLogProbFunction, without holding (B, L, V): that is
+    replaced. Before, GRPO and RLOO hold the logits: with the patch they do not, where the model has a plain output projection
+    and does nothing more to the logits; a warning says where not. Left to TRL's own code: several tokens a row, half-precision
+    logits on a CPU, outputs other than log-probability and entropy, a head sharded by DeepSpeed ZeRO-3.
 
     Args:
         any_version: also patch a version that is not in TESTED, if its functions take the parameters known here.
@@ -31,7 +33,7 @@ def apply(*, any_version: bool = False, logits_budget: int = LOGITS_BUDGET) -> P
     Raises:
         ImportError, RuntimeError: see rlsp_kernels.patch.swap.apply; nothing has been changed then.
     """
-    return swap.apply("trl", TESTED, any_version, lambda _: _swaps(logits_budget))
+    return swap.apply("trl", TESTED, any_version, lambda version: _swaps(version, logits_budget))
 
 
 def revert() -> None:
@@ -49,40 +51,50 @@ def patched(*, any_version: bool = False, logits_budget: int = LOGITS_BUDGET) ->
         revert()
 
 
-def _swaps(logits_budget: int) -> Sequence[Swap]:
+def _swaps(version: str, logits_budget: int) -> Sequence[Swap]:
     utils = "trl.trainer.utils"
     with_mask = ("logits", "index", "temperature", "row_mask")
-    head = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping")
-    return (
+    of_both = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
+    on_logits = (
         Swap(utils, "selective_log_softmax", with_mask, _selective_log_softmax),
-        Swap(
-            utils,
-            "selective_log_softmax_and_entropy",
-            ("logits", "index", "entropy_requires_grad", "temperature", "row_mask"),
-            _selective_log_softmax_and_entropy,
-        ),
+        Swap(utils, "selective_log_softmax_and_entropy", of_both, _selective_log_softmax_and_entropy),
         Swap(utils, "entropy_from_logits", ("logits", "chunk_size"), _entropy_from_logits),
-        Swap(
-            "trl.kernels.logprob_entropy",
-            "selective_log_softmax_and_entropy",
-            with_mask,
-            lambda _: _logprob_entropy,
-        ),
+        Swap("trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy", with_mask, lambda _: _logprob_entropy),
+    )
+    return on_logits + (_of_logits(logits_budget) if version.startswith("1.14.") else _of_fused_head(logits_budget))
+
+
+def _of_fused_head(logits_budget: int) -> tuple[Swap, ...]:
+    parameters = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping")
+    return (
         Swap(
             "trl.kernels.chunked_logprob",
             "ChunkedLogProbFunction",
-            (*head, "logit_scale", "outputs"),
+            (*parameters, "logit_scale", "outputs"),
             lambda original: _chunked_logprob(original, logits_budget),
             signature="ChunkedLogProbFunction.forward",
         ),
     )
 
 
+def _of_logits(logits_budget: int) -> tuple[Swap, ...]:
+    """The methods of TRL 1.14 that ask the model for logits."""
+    parameters = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy")
+    parameters += ("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask")
+    parameters += ("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
+    methods = {
+        "grpo_trainer": "GRPOTrainer._full_logits_logps",
+        "rloo_trainer": "RLOOTrainer._get_per_token_logps_and_entropies",
+    }
+    build = without_logits(logits_budget)
+    return tuple(Swap(f"trl.trainer.{module}", name, parameters, build) for module, name in methods.items())
+
+
 def _logprob_entropy(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The signature of TRL's own kernel, which is of float32 on any logits."""
-    logprob, entropy = logprob_entropy_rows(logits, index, temperature=temperature)
+    logprob, entropy = _scores(logits, index, temperature)
     return _masked(logprob, row_mask), _masked(entropy, row_mask)
 
 
@@ -90,10 +102,9 @@ def _selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Ten
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
-        if index.shape != logits.shape[:-1] or _rounds(logits):
+        if index.shape != logits.shape[:-1] or _rounds(logits):  # the first: several tokens a row
             return original(logits, index, temperature=temperature, row_mask=row_mask)
-        logprob, _ = logprob_entropy_rows(logits, index, temperature=temperature, need_entropy=False)
-        return _masked(logprob, row_mask)
+        return _masked(_scores(logits, index, temperature, need_entropy=False)[0], row_mask)
 
     return selective_log_softmax
 
@@ -126,7 +137,15 @@ def _entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tenso
 
 def _rounds(logits: Tensor) -> bool:
     """Whether TRL computes in half precision, rounding each step: not on the devices that its kernel runs on."""
-    return logits.dtype.itemsize < 4 and logits.device.type not in ("cuda", "xpu")
+    return current.get() is None and logits.dtype.itemsize < 4 and logits.device.type not in ("cuda", "xpu")
+
+
+def _scores(logits: Tensor, index: Tensor, temperature: float, need_entropy: bool = True) -> tuple[Tensor, Tensor]:
+    """Of logits, or of the hidden states that stand for them."""
+    head = current.get()
+    if head is not None:
+        return head.scores(logits, index, temperature, need_entropy)
+    return logprob_entropy_rows(logits, index, temperature=temperature, need_entropy=need_entropy)
 
 
 def _masked(x: Tensor, row_mask: Tensor | None) -> Tensor:
