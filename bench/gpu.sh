@@ -12,6 +12,7 @@
 #   540  bench_logprob_entropy bench_ppo_loss bench_linear_logprob_entropy bench_linear_ppo_loss bench_linear_ppo_loss_151936
 #        bench_token_losses: the Triton kernels beside their peers
 #   540  peers_liger peers_trl peers_verl: the peers' own tests against our ops, see bench/peer_suites.py
+#   540  bench_trl_grpo: TRL's GRPO patched and not, where trl imports
 #   540  bench_step bench_colocate demo: where vLLM imports
 #
 # WHEELS: a folder of wheels for a machine without a package registry, installed with pip --no-index --no-deps into OUT/wheels,
@@ -69,6 +70,7 @@ done
 part bench_linear_ppo_loss 540 python bench/bench_linear_ppo_loss.py --device cuda --vocab 128256
 part bench_linear_ppo_loss_151936 540 python bench/bench_linear_ppo_loss.py --device cuda --vocab 151936 --active 100
 for peer in liger trl verl; do part "peers_$peer" 540 python bench/peer_suites.py "$peer" --path "$peers/$peer"; done
+if python -c 'import trl' 2>/dev/null; then part bench_trl_grpo 540 python bench/bench_trl_grpo.py; fi
 if python -c 'import vllm' 2>/dev/null; then
   part bench_step 540 python bench/bench_step.py --engines vllm transformers
   part bench_colocate 540 python bench/bench_colocate.py

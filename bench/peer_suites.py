@@ -1,17 +1,21 @@
 """The field's own tests, run against our ops: a second judge that we did not write.
 
-    python bench/peer_suites.py liger --path DIR
-    python bench/peer_suites.py trl   --path DIR
-    python bench/peer_suites.py verl  --path DIR
+    python bench/peer_suites.py liger    --path DIR
+    python bench/peer_suites.py trl      --path DIR
+    python bench/peer_suites.py verl     --path DIR
+    python bench/peer_suites.py openrlhf --path DIR
 
-DIR is a checkout or an unpacked source distribution of the peer; nothing of it is kept here. The names that its tests import
-are replaced by adapters onto rlsp_kernels, then its tests run as they are. What must be there, beside torch and pytest:
+DIR is a checkout or an unpacked distribution of the peer with its tests; nothing of it is kept here. The tests of trl, verl and
+OpenRLHF run as they are on the installed trainer, patched by rlsp_kernels.patch; in Liger's the names that its tests import are
+replaced by adapters. What must be there, beside torch and pytest:
 
-  liger  test/chunked_loss/test_grpo_loss.py, src/liger_kernel (its source distribution has both); transformers.
-         Pure torch, so a CPU runs all of it; a GPU runs it on Triton.
-  trl    tests/test_kernels.py of September 2026 or later (a checkout: the distributions leave the tests out); transformers.
-         trl itself is not imported. Its own kernels need an accelerator and so its tests ask for one; ours run on a CPU too.
-  verl   tests/utils/test_linear_cross_entropy.py, verl/ (a checkout); transformers and tensordict, not Ray. Needs a GPU.
+  liger     test/chunked_loss/test_grpo_loss.py, src/liger_kernel (its source distribution has both); transformers.
+            Pure torch, so a CPU runs all of it; a GPU runs it on Triton.
+  trl       tests/test_kernels.py, and tests/test_utils.py if there (a checkout: the distributions leave the tests out); trl.
+            Its own kernels need an accelerator and so its tests ask for one; ours run on a CPU too.
+  verl      tests/trainer/ppo/test_core_algos_on_cpu.py (a checkout); verl with Ray. On a GPU besides
+            tests/utils/test_linear_cross_entropy.py of the checkout's own verl; transformers and tensordict, not Ray.
+  openrlhf  tests/test_loss_aggregation.py (its distribution has it); openrlhf.
 
 Prints what passed, what the suite skips by itself, what was left out because we do not implement it, by reason, and what
 failed. Exits with 1 if anything failed. It lies beside the benches and not in tests/, because a test that needs a stranger's
@@ -19,8 +23,10 @@ checkout would be one that `make test` never runs.
 """
 
 import argparse
+import ast
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 import types
@@ -31,7 +37,8 @@ from pathlib import Path
 import pytest
 import torch
 from peers import bare
-from rlsp_kernels import linear_logprob_entropy, linear_ppo_loss, logprob_entropy, ppo_loss
+from rlsp_kernels import linear_logprob_entropy, linear_ppo_loss, patch, ppo_loss
+from rlsp_kernels.patch import verl as verl_patch
 from torch import Tensor
 
 # --- Liger -------------------------------------------------------------------------------------
@@ -246,65 +253,51 @@ def left_out_of_liger(item: pytest.Item) -> str | None:
 # --- TRL ---------------------------------------------------------------------------------------
 
 
-def trl_on_logits(logits, index, temperature=1.0, row_mask=None):
-    """trl's selective_log_softmax_and_entropy, on (..., V)."""
-    logprob, entropy = logprob_entropy(logits.reshape(-1, logits.shape[-1]), index.reshape(-1), temperature=temperature)
-    logprob, entropy = logprob.view(index.shape), entropy.view(index.shape)
-    if row_mask is None:
-        return logprob, entropy
-    return logprob.masked_fill(~row_mask, 0.0), entropy.masked_fill(~row_mask, 0.0)
+class _Testing(types.ModuleType):
+    """trl's tests.testing_utils: nothing is required here, neither an accelerator nor the Hub."""
+
+    TrlTestCase = object
+
+    def __getattr__(self, name: str) -> Callable[[object], object]:
+        if not name.startswith("require_"):
+            raise AttributeError(name)
+        return lambda test: test
 
 
-class TrlChunked:
-    """trl's ChunkedLogProbFunction: log-probability and entropy, None for the outputs that we have not.
-
-    There were 5 outputs while the chunk size was an argument, and are 4 since.
-    """
-
-    @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, *others):
-        num_outputs = 4
-        if others and isinstance(others[0], int):
-            num_outputs, others = 5, others[1:]
-        softcap, logit_scale = (*others, *(None, 1.0)[len(others) :])[:2]
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        results = linear_logprob_entropy(
-            hidden.to(dtype),
-            weight.to(dtype),
-            targets,
-            bias_V=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
-        return (*results, *[None] * (num_outputs - 2))
-
-
-def find_trl(path: Path) -> Path:
-    """Puts ours under the names of trl's modules, trl itself staying out of it, and returns its test file."""
-    for name in ("trl", "trl.kernels", "trl.kernels.chunked_logprob", "tests.testing_utils"):
-        sys.modules[name] = types.ModuleType(name)
+def find_trl(path: Path) -> list[Path]:
+    """Stands in for what its tests share, and returns its test files."""
     bare("tests", path / "tests")
-    trl, of_logits, of_hidden, testing = (
-        sys.modules[name] for name in ("trl", "trl.kernels", "trl.kernels.chunked_logprob", "tests.testing_utils")
-    )
-    trl.kernels, of_logits.chunked_logprob, of_hidden.torch = of_logits, of_hidden, torch
-    of_hidden.TOKEN_CHUNK_SIZE = of_hidden.VOCAB_CHUNK_SIZE = 1  # the tests patch them; nothing here reads them
-    of_hidden.ChunkedLogProbFunction = of_logits.ChunkedLogProbFunction = TrlChunked
-    of_logits.selective_log_softmax_and_entropy = trl_on_logits
-    testing.require_torch_accelerator = testing.require_kernels_trust_remote_code = lambda test: test
-    return path / "tests/test_kernels.py"
+    sys.modules["tests.testing_utils"] = _Testing("tests.testing_utils")
+    utils = importlib.import_module("trl.trainer.utils")
+    files = [path / "tests/test_kernels.py"]
+    if (others := path / "tests/test_utils.py").exists():
+        files.append(others)
+        for node in ast.walk(ast.parse(others.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "trl.trainer.utils":
+                for alias in node.names:  # of another version's, for tests that are left out
+                    vars(utils).setdefault(alias.name, None)
+    return files
 
 
 def adapt_trl(suite: types.ModuleType) -> None:
-    """Its newest tests fetch trl's kernel from the Hub; they get ours."""
-    ours = types.SimpleNamespace(selective_log_softmax_and_entropy=trl_on_logits)
-    suite.kernels = types.SimpleNamespace(get_kernel=lambda *_, **__: ours)
+    """Its tests ask for all outputs, which goes to trl's own code: ask for those that are replaced."""
+    if not hasattr(suite, "ChunkedLogProbFunction"):
+        return
+    patched = suite.ChunkedLogProbFunction
+
+    class TwoOutputs:
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0):
+            wanted = ("log_probs", "entropy")
+            return patched.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, wanted)
+
+    suite.ChunkedLogProbFunction = TwoOutputs
 
 
 def left_out_of_trl(item: pytest.Item) -> str | None:
     """Why a test of trl's is not for us."""
+    if item.path.name == "test_utils.py" and item.cls.__name__ not in ("TestSelectiveLogSoftmax", "TestEntropyFromLogits"):
+        return "of functions that are not replaced"
     for name in ("log_sum_sq_probs", "mean_logits", "is_top1"):
         if name in item.name:
             return f"not implemented: the output {name}"
@@ -319,20 +312,12 @@ def left_out_of_trl(item: pytest.Item) -> str | None:
 # --- verl --------------------------------------------------------------------------------------
 
 
-def verl_linear(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
-    """verl's linear_cross_entropy. float32 logits: its kernel never rounds them, and its tolerances ask for that."""
-    hidden, token = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    return linear_logprob_entropy(hidden, weight, token, temperature=temperature, logits_dtype=torch.float32)
-
-
-def run_verl(path: Path) -> int:
+def run_verl_linear(path: Path) -> int:
     """Runs verl's cases, which are methods of a class and no pytest tests. Returns the number that failed."""
     cases = 5
-    if not torch.cuda.is_available():
-        print(f"verl: {cases} cases need a GPU")
-        return 0
     bare("verl.utils", bare("verl", path / "verl") / "utils")
-    importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy = verl_linear
+    kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    kernel.linear_cross_entropy = verl_patch.linear_cross_entropy_by_ours(kernel.linear_cross_entropy, verl_patch.LOGITS_BUDGET)
     spec = importlib.util.spec_from_file_location("verl_suite", path / "tests/utils/test_linear_cross_entropy.py")
     suite = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(suite)
@@ -347,6 +332,28 @@ def run_verl(path: Path) -> int:
             failed += 1
     print(f"verl: {cases - failed} passed, {failed} failed")
     return failed
+
+
+def left_out_of_verl(item: pytest.Item) -> str | None:
+    """Why a test of verl's is not for us."""
+    return None if "gae" in item.name or "AdvEst" in item.nodeid else "of functions that are not replaced"
+
+
+# --- OpenRLHF ----------------------------------------------------------------------------------
+
+
+def adapt_openrlhf(suite: types.ModuleType) -> None:
+    """Its tests load the loss from its file, apart from the package: they get the class of the package, which is patched."""
+    suite.PolicyLoss = importlib.import_module("openrlhf.models.loss").PolicyLoss
+
+
+def left_out_of_openrlhf(item: pytest.Item) -> str | None:
+    """Why a test of OpenRLHF's is not for us."""
+    return (
+        None
+        if "PolicyLoss" in inspect.getsource(item.function) or "loss_fn" in inspect.getsource(item.function)
+        else ("of functions that are not replaced")
+    )
 
 
 # --- running -----------------------------------------------------------------------------------
@@ -376,12 +383,13 @@ class Judge:
             self.outcomes[report.outcome] += 1
 
 
-def run_pytest(name: str, file: Path, judge: Judge, more: list[str]) -> int:
-    """Runs a test file under its own conftest but nobody's configuration. Returns how many failed."""
-    if not file.exists():
-        raise SystemExit(f"{name}: {file} is not there; --path wants a checkout")
+def run_pytest(name: str, files: list[Path], judge: Judge, more: list[str]) -> int:
+    """Runs test files under their own conftest but nobody's configuration. Returns how many failed."""
+    for file in files:
+        if not file.exists():
+            raise SystemExit(f"{name}: {file} is not there; --path wants a checkout")
     options = ["-q", "--no-header", "--tb=short", "--show-capture=no", "-c", "/dev/null", "-p", "no:cacheprovider"]
-    code = pytest.main([str(file), "--rootdir", str(file.parent), *options, *more], plugins=[judge])
+    code = pytest.main([*map(str, files), "--rootdir", str(files[0].parent), *options, *more], plugins=[judge])
     print(f"\n{name}: {judge.outcomes['passed']} passed, {judge.outcomes['failed']} failed")
     for what, counts in (("left out", judge.reasons), ("skipped by the suite itself", judge.skips)):
         for reason, count in counts.most_common():
@@ -391,18 +399,33 @@ def run_pytest(name: str, file: Path, judge: Judge, more: list[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=("verl", "liger", "trl"))
-    parser.add_argument("--path", type=Path, required=True, help="checkout or unpacked source distribution of the peer")
+    parser.add_argument("suite", choices=("liger", "trl", "verl", "openrlhf"))
+    parser.add_argument(
+        "--path", type=Path, required=True, help="checkout or unpacked distribution of the peer, with its tests"
+    )
     args, more = parser.parse_known_args()  # the rest goes to pytest: -k, -x, ...
     path = args.path.resolve()
     print(f"{args.suite} at {path}, on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'}")
-    if args.suite == "verl":
-        failed = run_verl(path)
-    elif args.suite == "liger":
-        failed = run_pytest("liger", find_liger(path), Judge(adapt_liger, left_out_of_liger), more)
+    if args.suite == "liger":
+        failed = run_pytest("liger", [find_liger(path)], Judge(adapt_liger, left_out_of_liger), more)
+    elif args.suite == "verl" and torch.cuda.is_available():
+        failed = run_verl_linear(path)
     else:
-        failed = run_pytest("trl", find_trl(path), Judge(adapt_trl, left_out_of_trl), ["--noconftest", *more])
+        failed = run_patched(args.suite, path, more)
     sys.exit(1 if failed else 0)
+
+
+def run_patched(name: str, path: Path, more: list[str]) -> int:
+    """Patches the installed trainer and runs its tests of what is replaced."""
+    with getattr(patch, name).patched() as done:
+        print(done)
+        if name == "trl":
+            return run_pytest(name, find_trl(path), Judge(adapt_trl, left_out_of_trl), ["--noconftest", *more])
+        apart = ["--noconftest", "--import-mode=importlib", *more]  # DIR does not come ahead of what is installed
+        if name == "verl":
+            file = path / "tests/trainer/ppo/test_core_algos_on_cpu.py"
+            return run_pytest(name, [file], Judge(lambda suite: None, left_out_of_verl), apart)
+        return run_pytest(name, [path / "tests/test_loss_aggregation.py"], Judge(adapt_openrlhf, left_out_of_openrlhf), apart)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ SOLE_IMPORTERS = {
     "tests": set(),
 }
 TRAINER = sorted(p for p in (ROOT / "rlsp_fast").glob("*.py") if p.stem != "__init__")
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels" / "rlsp_kernels").rglob("*.py"))
 
 
 def imported(path):
