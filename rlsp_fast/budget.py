@@ -1,9 +1,11 @@
 """A run's memory on this machine: what `auto` becomes, what goes to the host, and what is said when memory runs out."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,12 +13,13 @@ from torch import Tensor
 from rlsp_fast import dist, plan, shapes
 from rlsp_fast.config import Config
 from rlsp_fast.memory import Colocated, DeviceMemoryError, Offload, measure, ran_out, table
-from rlsp_fast.ppo import PPO
+from rlsp_fast.ppo import PPO, MicroBatchMemoryError
 
 log = logging.getLogger(__name__)
 
 AUTO = ("rollout.kv_cache_gib", "train.max_tokens_per_micro_batch", "train.offload")
 """Settings that the plan chooses where they are `auto`."""
+LEARNED = "token_budget.json"
 
 
 def settle(config: Config, device: torch.device) -> Config:
@@ -79,9 +82,32 @@ def advice(config: Config, device: torch.device) -> str:
     return f"`rlsp plan` finds {' '.join(change.words)}" if change else "no change that `rlsp plan` knows makes it fit"
 
 
+def learned(config: Config, folder: Path) -> Config:
+    """The config with the budget of tokens to which a run in this folder came down, when it ran out of memory; says so."""
+    path = folder / LEARNED
+    found = json.loads(path.read_text()) if path.exists() else None
+    found = dist.gather_objects(found)[0]  # rank 0's word, should another node's file system lag
+    if found is None or found["max_tokens_per_micro_batch"] >= config.train.max_tokens_per_micro_batch:
+        return config
+    tokens = found["max_tokens_per_micro_batch"]
+    log.info(
+        "train.max_tokens_per_micro_batch = %s, since more ran out of memory here; remove %s to forget it", f"{tokens:,}", path
+    )
+    return config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_micro_batch": tokens})})
+
+
+def remember(tokens: int, folder: Path) -> None:
+    """Keeps a budget for the runs that go on in this folder."""
+    partial = folder / f"{LEARNED}.{dist.rank()}"
+    partial.write_text(json.dumps({"max_tokens_per_micro_batch": tokens}) + "\n")
+    partial.rename(folder / LEARNED)
+
+
 @contextmanager
-def explaining(engine: Colocated, config: Config, device: torch.device) -> Iterator[None]:
+def explaining(engine: Colocated, config: Config, device: torch.device, folder: Path) -> Iterator[None]:
     """Memory that runs out in here ends the run with the step's ledger and what the plan would change.
+
+    A micro-batch that ran out leaves half of its tokens as the budget with which the same command continues.
 
     Raises:
         DeviceMemoryError: instead of the allocator's error.
@@ -93,11 +119,12 @@ def explaining(engine: Colocated, config: Config, device: torch.device) -> Itera
             raise
         entries = engine.ledger.entries
         where = f"after {entries[-1].edge}" if entries else "before generation"
-        said = str(error).splitlines()[0][:300]
-        raise DeviceMemoryError(
-            f"out of memory {where}: {said}\n{table([*entries, measure('now')])}\n"
-            f"{advice(config, device)}. The same command continues from the last checkpoint"
-        ) from error
+        said = str(error).splitlines()[0][:300].removeprefix("out of memory: ")
+        way = f"{advice(config, device)}. The same command continues from the last checkpoint"
+        if isinstance(error, MicroBatchMemoryError):
+            remember(error.budget, folder)
+            way = f"The same command continues from the last checkpoint, with micro-batches of {error.budget:,} tokens"
+        raise DeviceMemoryError(f"out of memory {where}: {said}\n{table([*entries, measure('now')])}\n{way}") from error
 
 
 def offload(config: Config, ppo: PPO) -> Offload | None:

@@ -101,6 +101,18 @@ class MicroBatch:
         )
 
 
+class MicroBatchMemoryError(RuntimeError):
+    """A micro-batch ran out of memory where it cannot be repeated."""
+
+    def __init__(self, said: str, budget: int):
+        """
+        Args:
+            budget: Positions of a micro-batch with which to start again: half of what it had.
+        """
+        super().__init__(f"out of memory: {said}")
+        self.budget = budget
+
+
 class PPO:
     """Policy, critic and reference with their optimizers."""
 
@@ -364,26 +376,30 @@ class PPO:
         The mini-batch is then split and begun again without the gradients that it had: its loss is a sum over tokens, so it
         comes out the same. On one rank only: others would wait in collectives that this one has left. (FSDP2 can begin anew
         after an error from torch 2.13 on.)
+
+        Raises:
+            MicroBatchMemoryError: on several ranks, with the budget to start again with.
         """
         while True:
             mini_batch[:] = [part for m in mini_batch for part in m.split(self.token_budget)]
             try:
                 return [backward(m) for m in mini_batch]
             except RuntimeError as error:
-                if not ran_out(error) or dist.world_size() > 1 or not hasattr(model, "reset_iter_state"):
-                    raise
                 largest = max(m.batch.num_tokens for m in mini_batch)
                 longest = max(m.batch.max_seqlen for m in mini_batch)
-                if largest <= longest:  # nothing is left to split
+                if not ran_out(error) or largest <= longest:  # nothing is left to split
                     raise
-                self.token_budget = max(min(self.token_budget, largest) // 2, longest)
-                log.warning(
-                    "out of memory in a micro-batch of up to %s tokens: repeated with %s, and so from now on; set "
-                    "train.max_tokens_per_micro_batch=%d to start with that (%s)",
-                    f"{largest:,}", f"{self.token_budget:,}", self.token_budget, str(error).splitlines()[0][:200],
-                )  # fmt: skip
-            # Behind the except block: its traceback holds the activations.
-            begin_anew(model)
+                said = str(error).splitlines()[0][:200]
+                halved = max(min(self.token_budget, largest) // 2, longest)
+                if dist.world_size() > 1 or not hasattr(model, "reset_iter_state"):
+                    raise MicroBatchMemoryError(said, halved) from error
+            self.token_budget = halved
+            log.warning(
+                "out of memory in a micro-batch of up to %s tokens: repeated with %s, and so from now on; set "
+                "train.max_tokens_per_micro_batch=%d to start with that (%s)",
+                f"{largest:,}", f"{halved:,}", halved, said,
+            )  # fmt: skip
+            begin_anew(model)  # behind the except block, whose traceback holds the activations
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -138,6 +138,7 @@ class _Run:
         if with_rl or config.data.validation:
             check_context(config)
         _make_folder(self.folder)
+        config = self.config = budget.learned(config, self.folder)
         self.progress = Progress.read(self.folder)
         self.with_sft = with_sft and config.wants_sft and not self.progress.sft_done
         check_resume(self.asked, self.folder, self.progress)
@@ -254,8 +255,11 @@ class _Run:
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
-                with budget.explaining(engine, config, self.device):
+                tokens = ppo.token_budget
+                with budget.explaining(engine, config, self.device, self.folder):
                     metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, labeller, train, pending)
+                if ppo.token_budget < tokens:
+                    budget.remember(ppo.token_budget, self.folder)
                 metrics |= behaviours(rollouts, scores, labeller, self.monitors)
                 done, last = step + 1, step + 1 == total
                 alarm = self._alarm(watch, done, metrics)

@@ -359,9 +359,46 @@ def test_memory_that_runs_out_when_the_engine_wakes_ends_the_run_with_the_ledger
     assert "lower train.max_tokens_per_micro_batch" in message and "continues from the last checkpoint" in message
 
 
-def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(engine, config, device):
-    with pytest.raises(RuntimeError, match="shapes differ"), budget.explaining(Colocated(lambda: engine), config, device):
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(engine, config, device, tmp_path):
+    explaining = budget.explaining(Colocated(lambda: engine), config, device, tmp_path)
+    with pytest.raises(RuntimeError, match="shapes differ"), explaining:
         raise RuntimeError("shapes differ")
+
+
+FULL = """
+import sys
+from rlsp_fast import __main__, dist, model
+from test_ppo import Full
+
+build = model.build
+
+def full(kind, *args, **options):
+    module = build(kind, *args, **options)
+    if dist.rank() == 1 and kind is model.Policy and options.get("trained", True):
+        Full(module, 20, "backward")  # the second rank's updates run out of memory on more than 20 positions
+    return module
+
+model.build = full
+sys.exit(__main__.main(["train", sys.argv[1]]))
+"""
+
+
+def test_on_two_ranks_a_micro_batch_that_runs_out_ends_the_run_and_the_same_command_goes_on_with_half(config, tmp_path):
+    tree = config.model_dump(mode="json")
+    tree["output"] |= {"dir": str(tmp_path / "run"), "save_every": 1}
+    tree["rollout"]["engine"] = "transformers"
+    tree["train"]["critic_warmup_steps"] = 1  # so the first step, in which the policy does not learn, is saved
+    recipe, script = tmp_path / "recipe.toml", tmp_path / "full.py"
+    recipe.write_text(configs.dump(configs.check(tree)))
+    script.write_text(FULL)
+    done = torchrun(script, recipe)
+    assert done.returncode == 1 and "out of memory after" in done.stderr, done.stderr[-4000:]
+    assert re.search(r"continues from the last checkpoint, with micro-batches of (\d\d) tokens \(rank 1\)", done.stderr)
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
+    again = torchrun(script, recipe)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert re.search(r"train\.max_tokens_per_micro_batch = \d\d, since more ran out of memory here; remove", again.stdout)
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
 # Gathering
