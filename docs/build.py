@@ -61,37 +61,36 @@ def demo() -> str:
 
 
 def exploration() -> str:
-    """Each arm over its seeds, of the settings measured last."""
+    """Each arm over its seeds."""
     rows = newest("exploration", "exploration", "alpha", "seed", "rl_steps", "batch_size")
     if not rows:
         return "Not measured."
-    rows = [r for r in rows if all(r[k] == rows[-1][k] for k in ("rl_steps", "batch_size"))]
-    arms: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for r in sorted(rows, key=lambda r: (r["exploration"] != "none", r["exploration"], float(r["alpha"]))):
-        arms.setdefault((r["exploration"], r["alpha"] if r["exploration"] != "none" else ""), []).append(r)
+    arms: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for r in sorted(rows, key=lambda r: (int(r["rl_steps"]), r["exploration"] != "none", r["exploration"], float(r["alpha"]))):
+        arms.setdefault((r["exploration"], r["alpha"] if r["exploration"] != "none" else "", r["rl_steps"]), []).append(r)
     lines = [
-        "| exploration | alpha | seeds | accuracy, % | tokens | works it out, % | corrects itself, % | repeated, % |",
-        "| --- |" + " --- |" * 7,
-        arm("before RL", "", max(arms.values(), key=len), "before"),
+        "| exploration | alpha | steps | seeds | accuracy, % | tokens | works it out, % | corrects itself, % | repeated, % |",
+        "| --- |" + " --- |" * 8,
+        arm("before RL", "", "0", max(arms.values(), key=len), "before"),
         *(arm(*names, runs, "after") for names, runs in arms.items()),
     ]
     r = rows[-1] | {"commit": ", ".join(sorted({row["commit"] for row in rows}))}
     lines += [
         "",
-        f"After {r['rl_steps']} RL steps of {r['batch_size']} problems with 4 responses each, on {r['problems']} held-out",
+        f"RL steps of {r['batch_size']} problems with 4 responses each; {r['problems']} held-out",
     ]
     lines += ["problems; mean ± standard deviation between seeds. `none` is also every arm with alpha = 1."]
     versions = f"{r['device']}, torch {r['torch']}, transformers {r['transformers']}, commit {r['commit']}."
     return "\n".join([*lines, f"{versions} `python bench/bench_exploration.py`"])
 
 
-def arm(name: str, alpha: str, runs: list[dict[str, str]], when: str) -> str:
+def arm(name: str, alpha: str, steps: str, runs: list[dict[str, str]], when: str) -> str:
     """A line of the exploration table."""
     shares = [
         across([100 * float(r[f"{k}_{when}"]) for r in runs]) for k in ("accuracy", "worked", "self_correction", "repeated")
     ]
     tokens = across([float(r[f"tokens_{when}"]) for r in runs])
-    return f"| {name} | {alpha} | {len(runs)} | {' | '.join([shares[0], tokens, *shares[1:]])} |"
+    return f"| {name} | {alpha} | {steps} | {len(runs)} | {' | '.join([shares[0], tokens, *shares[1:]])} |"
 
 
 def across(values: list[float]) -> str:
