@@ -1,16 +1,17 @@
 """How many steps a second does rlsp_fast make, and how many do its peers, on the same work in the same run?
 
-    PYTHONPATH=FOLDER_WITH_TRL python bench/compare.py [--architecture tiny] [--engines transformers vllm] [--rounds 4] [--repeats 3]
+    [PYTHONPATH=FOLDER_WITH_TRL] python bench/compare.py [--architecture tiny] [--engines transformers vllm] [--repeats 3]
 
 The work: GRPO with a KL term in the loss, on problems with GSM8K's prompt lengths, from random weights (bench/random_model.py),
 as `rounds` rounds of one generation and two optimizer updates. The same for all: weights, prompts and their order, responses a
 problem, sampling temperature, length limit, updates, sequences a update, learning rate, AdamW, clipping, reward (one Python
-function, bench/length_reward.py), dtype, no activation checkpointing, engine, threads. Two cases: `spread`, where a token ends a
-response with the same chance everywhere (mean --response, cut at the limit), and `full`, where all responses run to the limit.
+function, bench/length_reward.py), dtype, no activation checkpointing, engine, threads. Two cases: `spread`, where every token
+ends a response with the same chance (mean --response, cut at the limit), and `full`, where all responses run to the limit.
 
 Each trainer runs in a process of its own, in turns: repeat, case, engine, trainer. The first round of a process is left out (it
 compiles and fills caches). A repeat's ratio is of trainers that ran one after the other; the median ratio and the lowest and
-highest are printed. On a CPU the ratio is of CPU seconds, which others on the machine do not slow; wall-clock seconds stand beside.
+highest are printed. On a CPU the ratio is of CPU seconds, which others on the machine do not slow; wall-clock seconds stand
+beside.
 Appends to bench/results/compare.csv, failures with their reason too.
 
 What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens a
@@ -174,10 +175,9 @@ def show(results: list[Row]) -> None:
             if not good:
                 print(f"{trainer:10} failed: {mine[0]['failed']}")
                 continue
-            cells = [statistics.median(r[name] for r in good) for name in ("step", *PARTS, "cpu", "tokens_per_s")]
-            print(
-                f"{trainer:10}{cells[0]:9.2f}" + "".join(f"{c:10.2f}" for c in cells[1:6]) + f"{cells[6]:9.2f}{cells[7]:10,.0f}"
-            )
+            names = ("step", *PARTS, "cpu", "tokens_per_s")
+            step, *parts, cpu, rate = (statistics.median(r[name] for r in good) for name in names)
+            print(f"{trainer:10}{step:9.2f}" + "".join(f"{part:10.2f}" for part in parts) + f"{cpu:9.2f}{rate:10,.0f}")
         found = ratios(results, case, engine)
         if found:
             print(f"rlsp_fast / TRL: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")

@@ -1,7 +1,7 @@
 """TRL's GRPO trainer on the work of bench/compare.py, which starts it: `python bench/compare_trl.py WORK.json TIMES.json`.
 
 Writes one row a round (one generation and its updates): seconds, CPU seconds, the seconds of generation, of rewards, of old and
-reference log-probabilities and of the updates, and tokens. TRL's own methods are timed from outside and do what they do without us.
+reference log-probabilities and of the updates, and tokens. TRL's own methods are timed from outside.
 """
 
 import json
@@ -39,7 +39,7 @@ class Clock(TrainerCallback):
         self.begin()
 
     def timed(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """The method, its seconds booked to phase; log-probabilities only while gradients are off, else the loss computes them."""
+        """The method, its seconds booked to phase; of log-probabilities only those without gradients: others are the loss's."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if phase == "annotate" and torch.is_grad_enabled():

@@ -1,13 +1,13 @@
-"""A model of a named architecture at full size with random weights, its tokenizer, and problems with GSM8K's lengths: no download.
+"""A model of a named architecture at full size with random weights, a tokenizer, problems with GSM8K's lengths: no download.
 
     python bench/random_model.py Llama-3.1-8B FOLDER [--response 400]
 
 Every token ends a response with the same chance, 1 / response, whatever was said before: lengths spread geometrically around
 `response` tokens, as far as the limit allows. With --response 0 no response ends before the limit. How: one direction of the
 residual stream is the same for all tokens, no layer writes to it, and only the output projection's row of the end-of-sequence
-token reads it; all other tokens are about equally likely. The matrices have their real shapes, so they cost what they cost.
-Architectures: those that rlsp_fast.shapes knows by name, and `tiny` (4 layers x 192, about the demo's). The tokenizer has a word
-for each id, so that a prompt of N words is a prompt of N tokens.
+token reads it; all other tokens are about equally likely. Every matrix has its real shape, so it costs what it costs.
+Architectures: those that rlsp_fast.shapes knows by name, and `tiny` (4 layers x 192, about the demo's). The tokenizer has one
+word for each id, so that a prompt of N words is a prompt of N tokens.
 """
 
 import argparse
