@@ -4,9 +4,10 @@
 
 The sequences have GSM8K's lengths (12,404 positions in all). Each path that a step takes on the host is called many times, its
 thread's CPU time taken each time (which a busy machine does not stretch), and the medians, the fastest and the number of Python
-calls are printed: packing, the group advantages, gathering samples over ranks, submitting rewards, metrics. Appends to
-bench/results/host.csv. With --instructions, callgrind counts the instructions of one warm call of each: a number that hardly
-changes from run to run, which `make bench` watches. That takes valgrind, its headers and a C compiler, and about two minutes.
+calls are printed: packing, the group advantages, gathering samples over ranks, submitting rewards, the range around a phase
+(NVTX and torch.profiler, none attached), metrics. Appends to bench/results/host.csv. With --instructions, callgrind counts the
+instructions of one warm call of each: a number that hardly changes from run to run, which `make bench` watches. That takes
+valgrind, its headers and a C compiler, and a few minutes.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 from rows import append, origin
 
 from rlsp_fast import config, train
+from rlsp_fast.log import Timer
 from rlsp_fast.ppo import PPO, Sample
 from rlsp_fast.reward import Scorer
 from rlsp_fast.types import Problem, Rollout, Score
@@ -87,6 +89,10 @@ def paths(settings: config.Config, scorer: Scorer) -> dict[str, Callable[[], obj
         m.old_logprob_T = m.rollout_logprob_T
         m.advantage_T = m.return_T = m.rollout_logprob_T
 
+    def phase() -> None:
+        with Timer()("adv"):
+            pass
+
     def submit() -> None:
         for future in [scorer.submit(rollout) for rollout in rollouts]:
             future.result()
@@ -96,6 +102,7 @@ def paths(settings: config.Config, scorer: Scorer) -> dict[str, Callable[[], obj
         "group advantages": lambda: ppo._group_advantages(micros),
         "gather samples": lambda: train._gather_samples(rollouts, scores, slots, N, weights),
         "rewards": submit,
+        "a timed phase": phase,
         "metrics of the batch": lambda: ppo._describe(micros),
         "metrics of the rollouts": lambda: train.describe(rollouts, scores, settings),
     }

@@ -70,21 +70,23 @@ def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Packed
     Raises:
         ValueError: on a sequence with fewer than two tokens, since it predicts nothing.
     """
-    inputs, targets, mask, lengths = [], [], [], []
+    inputs, last, mask, lengths = [], [], [], []
     for prompt_ids, response_ids in sequences:
         if len(prompt_ids) + len(response_ids) < 2:
             raise ValueError("want at least 2 tokens in a sequence: one to read and one to predict")
         x, y, m = predicted(tuple(prompt_ids), tuple(response_ids))
         inputs += x
-        targets += y
+        last.append(y[-1])
         mask += m
         lengths.append(len(x))
-    mask_T = flat(mask, torch.bool)
+    input_T, mask_T = flat(inputs, torch.int64), flat(mask, torch.bool)
     borders = torch.tensor([0, *lengths]).cumsum(0)
     starts_T = borders[:-1].repeat_interleave(borders.diff())
+    token_T = input_T.roll(-1)  # targets are inputs one position on, but for each sequence's last: half of them need no list
+    token_T[borders[1:] - 1] = flat(last, torch.int64)
     return PackedBatch(
-        input_T=flat(inputs, torch.int64),
-        token_T=flat(targets, torch.int64),
+        input_T=input_T,
+        token_T=token_T,
         mask_T=mask_T,
         rows_N=mask_T.nonzero().squeeze(-1),
         position_ids=torch.arange(len(starts_T)) - starts_T,
