@@ -24,8 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rows import append, origin
@@ -48,6 +50,27 @@ def main() -> None:
     parser.add_argument("--instructions", action="store_true")
     parser.add_argument("--under-callgrind", metavar="LIBRARY", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.under_callgrind:
+        count_here(args.under_callgrind)
+        return
+    measured = measure(args.repeats, count=args.instructions)
+    for row in measured:
+        print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+    whole = sum(row["median_ms"] for row in measured if row["path"] in PER_MICRO_BATCH)
+    print(f"a micro-batch of {NUM_SEQUENCES} sequences: {whole:.2f} ms; target: at most 2")
+    print("appended to", append("host", [origin("transformers") | row for row in measured]))
+
+
+def measure(repeats: int, *, count: bool) -> list[dict[str, Any]]:
+    """A row a path; its instructions are "" unless they are counted."""
+    counts = instructions() if count else {}
+    with made() as found:
+        return [timed(name, call, repeats) | {"instructions": counts.get(name, "")} for name, call in found.items()]
+
+
+@contextmanager
+def made() -> Iterator[dict[str, Callable[[], object]]]:
+    """What is measured, by name."""
     torch.set_num_threads(1)
     settings = config.check(
         {
@@ -60,22 +83,10 @@ def main() -> None:
         "bench_host",
     )
     with Scorer(settings.reward) as scorer:
-        found = paths(settings, scorer)
-        if args.under_callgrind:
-            count_here(found, args.under_callgrind)
-            return
-        measured = [measure(name, call, args.repeats) for name, call in found.items()]
-    counts = instructions() if args.instructions else {}
-    for row in measured:
-        row["instructions"] = counts.get(row["path"], "")
-        print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""))
-    whole = sum(row["median_ms"] for row in measured if row["path"] in PER_MICRO_BATCH)
-    print(f"a micro-batch of {NUM_SEQUENCES} sequences: {whole:.2f} ms; target: at most 2")
-    print("appended to", append("host", [origin("transformers") | row for row in measured]))
+        yield paths(settings, scorer)
 
 
 def paths(settings: config.Config, scorer: Scorer) -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
     rollouts = make_rollouts()
     scores = [
         Score(reward=i % 7 / 7, outcome=0.0, exploration=0.0, correct=False, verdict="wrong") for i in range(NUM_SEQUENCES)
@@ -134,7 +145,7 @@ def make_rollouts() -> list[Rollout]:
     return rollouts
 
 
-def measure(name: str, call: Callable[[], object], repeats: int) -> dict[str, object]:
+def timed(name: str, call: Callable[[], object], repeats: int) -> dict[str, Any]:
     times = []
     for _ in range(repeats + 1):
         start = time.thread_time()
@@ -172,13 +183,14 @@ def instructions() -> dict[str, int]:
     return found
 
 
-def count_here(found: dict[str, Callable[[], object]], library: str) -> None:
+def count_here(library: str) -> None:
     switch = ctypes.CDLL(library)
-    for name, call in found.items():
-        call()
-        switch.begin()
-        call()
-        switch.end(name.encode())
+    with made() as found:
+        for name, call in found.items():
+            call()
+            switch.begin()
+            call()
+            switch.end(name.encode())
 
 
 if __name__ == "__main__":
