@@ -134,8 +134,9 @@ def one(folder: Path, worker: str, work: Row, most_seconds: int) -> Row:
         raised = [line for line in lines if "Error" in line.split(":")[0]] or lines[-1:]
         return {"failed": raised[-1][:160]}
     rounds = json.loads((folder / "times.json").read_text())[1:]
+    for row in rounds:
+        row["other"] = row["step"] - sum(row[part] for part in PARTS[:-1])
     middle = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
-    middle["other"] = middle["step"] - sum(middle[part] for part in PARTS[:-1])
     basis = "step" if torch.cuda.is_available() else "cpu"
     seconds, tokens = (sum(row[name] for row in rounds) for name in (basis, "tokens"))
     print(f"{folder.name}: {seconds / len(rounds):.2f} s a round, {tokens / seconds:,.0f} tokens/s", flush=True)

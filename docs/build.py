@@ -102,7 +102,7 @@ def across(values: list[float]) -> str:
 
 # --- beside TRL -------------------------------------------------------------------------------
 
-PARTS = ("gen", "reward", "annotate", "update", "other")
+PARTS = ("gen", "reward", "annotate", "update")
 CASES = {"spread": "lengths spread", "full": "all to the limit"}
 
 
@@ -142,12 +142,16 @@ def trainers(rows: list[dict[str, str]], case: str, engine: str, trainer: str) -
     return [r for r in rows if (r["case"], r["engine"], r["trainer"]) == (case, engine, trainer) and r["step"]]
 
 
+def share(row: dict[str, str], part: str) -> float:
+    return float(row[part]) / sum(float(row[name]) for name in PARTS)
+
+
 def a_round(rows: list[dict[str, str]]) -> str:
     return f"{median(float(r['seconds_a_round']) for r in rows):.2f}"
 
 
 def plot_compare(path: Path) -> None:
-    """Bars of wall-clock seconds a round by phase, medians over the repeats."""
+    """Bars of seconds a round, medians over the repeats, divided as wall-clock time divides between the phases."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,12 +164,12 @@ def plot_compare(path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.45 * len(keys)), layout="constrained")
     left = [0.0] * len(keys)
     for part in PARTS:
-        width = [median(float(r[part]) for r in trainers(rows, *key)) for key in keys]
+        width = [median(share(r, part) * float(r["seconds_a_round"]) for r in trainers(rows, *key)) for key in keys]
         axes.barh(range(len(keys)), width, left=left, label=part)
         left = [a + b for a, b in zip(left, width, strict=True)]
     axes.set_yticks(range(len(keys)), [f"{trainer}, {engine}, {CASES[case]}" for case, engine, trainer in keys])
     axes.invert_yaxis()
-    axes.set_xlabel("wall-clock seconds a round")
+    axes.set_xlabel("CPU seconds a round" if rows[-1]["basis"] == "cpu" else "seconds a round")
     axes.legend(ncols=len(PARTS), fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
