@@ -1,6 +1,6 @@
 """How long is one RL step of a recipe, and where does the time go? With vLLM and with the transformers engine.
 
-    python bench/bench_step.py [--recipe demo] [--steps 6] [--rounds 2] [--engines vllm transformers] [key=value ...]
+    python bench/bench_step.py [--recipe demo] [--engines vllm transformers] [--steps 6] [--rounds 2] [key=value ...]
     python bench/bench_step.py --architecture Llama-3.1-8B --response 1024 rollout.max_response_length=4096 --idle [--json FILE]
 
 Each engine trains the recipe's model for a few steps in a process of its own, in turns (a busy machine slows both); the first
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--engines", nargs="+", default=["vllm", "transformers"])
+    parser.add_argument("--engines", nargs="+", default=["vllm", "transformers"], choices=("vllm", "transformers"))
     parser.add_argument("--architecture", help="random weights of this name (tiny, Llama-3.1-8B, ...)")
     parser.add_argument(
         "--response", type=int, default=256, help="with --architecture: mean tokens of a response; 0: all to the limit"

@@ -170,7 +170,7 @@ def plot_compare(path: Path) -> None:
     axes.set_yticks(range(len(keys)), [f"{trainer}, {engine}, {CASES[case]}" for case, engine, trainer in keys])
     axes.invert_yaxis()
     axes.set_xlabel("CPU seconds a round" if rows[-1]["basis"] == "cpu" else "seconds a round")
-    axes.legend(ncols=len(PARTS), fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(PARTS), fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
 
