@@ -107,8 +107,8 @@ CASES = {"spread": "lengths spread", "full": "all to the limit"}
 
 
 def compare() -> str:
-    """A line a case and engine, over the repeats of the newest run of each."""
-    rows = newest("compare", "case", "engine", "trainer", "repeat")
+    """A line a case and engine, over its repeats."""
+    rows = compared()
     if not rows:
         return "Beside TRL: not measured."
     lines = [
@@ -122,12 +122,12 @@ def compare() -> str:
         ratios = [float(o["tokens_per_s"]) / float(t["tokens_per_s"]) for o, t in zip(ours, theirs, strict=False)]
         said = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
         lines.append(f"| {CASES[case]} | {engine} | {a_round(ours)} | {a_round(theirs) if theirs else 'fails'} | {said} |")
-    r = rows[-1]
+    r = next(r for r in rows if r["step"])
     repeats = 1 + max(int(x["repeat"]) for x in rows)
     seconds = "CPU seconds" if r["basis"] == "cpu" else "seconds"
     lines += [
         "",
-        f"{seconds[0].upper()}{seconds[1:]} of whole rounds, medians of {repeats} repeats; {r['problems']} problems of",
+        f"{seconds[0].upper()}{seconds[1:]} of whole rounds, medians of up to {repeats} repeats; {r['problems']} problems of",
         f"{r['samples']} responses, about {r['response']} tokens long where they spread, at most {r['limit']};",
         f"random weights of `{r['architecture']}`, {r['dtype']}, {r['threads']} thread.",
         f"{where(r)[:-1]}, TRL {r['trl']}. `python bench/compare.py` says what is not the same in both.",
@@ -135,6 +135,12 @@ def compare() -> str:
     failed = {(x["engine"], x["failed"]) for x in rows if x["trainer"] == "trl" and x["failed"]}
     lines += [f"TRL with {engine} here: `{why}`" for engine, why in sorted(failed)]
     return "\n".join([*lines, "", "![where a round's time goes](docs/throughput.png)"])
+
+
+def compared() -> list[dict[str, str]]:
+    """The newest row of each process, of the device and the model measured last."""
+    rows = newest("compare", "case", "engine", "trainer", "repeat", "device", "architecture")
+    return [r for r in rows if all(r[k] == rows[-1][k] for k in ("device", "architecture"))]
 
 
 def trainers(rows: list[dict[str, str]], case: str, engine: str, trainer: str) -> list[dict[str, str]]:
@@ -157,7 +163,7 @@ def plot_compare(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = newest("compare", "case", "engine", "trainer", "repeat")
+    rows = compared()
     keys = dict.fromkeys((r["case"], r["engine"], r["trainer"]) for r in rows if r["step"])
     if not keys:
         return
@@ -169,7 +175,7 @@ def plot_compare(path: Path) -> None:
         left = [a + b for a, b in zip(left, width, strict=True)]
     axes.set_yticks(range(len(keys)), [f"{trainer}, {engine}, {CASES[case]}" for case, engine, trainer in keys])
     axes.invert_yaxis()
-    axes.set_xlabel("CPU seconds a round" if rows[-1]["basis"] == "cpu" else "seconds a round")
+    axes.set_xlabel("CPU seconds a round" if any(r["basis"] == "cpu" for r in rows) else "seconds a round")
     figure.legend(loc="outside upper center", ncols=len(PARTS), fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
