@@ -254,7 +254,8 @@ def host() -> str:
 
 NOT_MEASURED = (
     "On a GPU: not measured, neither a step nor MFU, MBU, nsys or ncu, nor TRL beside it; `bash bench/gpu.sh` measures them.\n"
-    "verl and OpenRLHF, which run on Ray: not compared. [docs/scaling.md](docs/scaling.md) has 8 to 1,024 GPUs on paper."
+    "verl and OpenRLHF, which run on Ray: not compared. [docs/scaling.md](docs/scaling.md) has 8 to 1,024 GPUs on paper,\n"
+    "[docs/performance.md](docs/performance.md) says what measures what; `make bench` fails when something became slower."
 )
 
 
