@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/installed
-	$(RUN) bench/bench_step.py $(ARGS)
+	$(RUN) bench/gate.py $(ARGS)
 
 docs: $(VENV)/installed
 	$(RUN) docs/build.py

@@ -1,8 +1,8 @@
 """What does sharing a GPU cost? Sleep, push and wake of vLLM beside a trainer, the memory freed, and whether the floor grows.
 
-    python bench/bench_colocate.py [--model Qwen2.5-1.5B] [--steps 24] [--response 512] [key=value ...]
+    python bench/bench_colocate.py [--model Qwen2.5-1.5B] [--steps 24] [--response 256] [key=value ...]
 
-Trains a model of a named shape with random weights (GRPO with a KL to the reference: policy, its Adam moments and the
+Trains a model of a named shape (or `tiny`) with random weights (GRPO with a KL to the reference: policy, its Adam moments and the
 reference stay on the GPU) for --steps steps, and reads the run's own metrics.jsonl: every number but the copy bandwidth is one
 that a user's run logs. Medians over the steps after the second (vLLM compiles, Adam's moments come). Appends to
 bench/results/colocate.csv.
@@ -24,8 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import random_model
+import torch
 from rows import append, origin
-from synthetic import write_model, write_problems
 
 EDGES = ("sleep", "free_cache", "wait_ranks", "wake_weights", "push_weights", "wake_kv_cache", "reset_prefix_cache")
 PHASES = ("gen", "old_log_prob", "ref", "update_actor", "update_weights")
@@ -36,21 +37,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen2.5-1.5B")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens")
-    parser.add_argument("--response", type=int, default=512, help="tokens")
+    parser.add_argument("--response", type=int, default=256, help="mean tokens; the limit is twice that")
     parser.add_argument("--batch", type=int, default=16, help="problems a step, 4 responses each")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    if args.steps < 22:
-        raise SystemExit(f"--steps {args.steps}: want at least 22, since growth is over 20 steps")
+    if args.steps < 24:
+        raise SystemExit(f"--steps {args.steps}: want at least 24, since growth is over 20 steps and the first ones warm up")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", args.model)
-        write_problems(folder / "problems.jsonl", 4 * args.batch, args.prompt)
+        random_model.make(args.model, folder / "model", response=args.response, dtype=torch.bfloat16)
         num_bytes = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
         recipe = [
-            f"model.path={folder}/model", f"data.train={folder}/problems.jsonl", "data.template={problem}\n",
-            f"data.max_prompt_length={args.prompt + 8}", f"rollout.max_response_length={args.response}", "rollout.n=4",
+            f"model.path={folder}/model", f"data.train={folder}/model/problems.jsonl", "data.template={problem}",
+            "data.max_prompt_length=256", f"rollout.max_response_length={2 * args.response}", "rollout.n=4",
             f"train.batch_size={args.batch}", f"train.mini_batch_size={args.batch}", f"train.steps={args.steps}",
             "algorithm.advantage=grpo", "reward.exploration=none", "train.max_memory_growth_gib=none",
             f"output.dir={folder}/run", "output.save_every=0", "output.rollouts_every=0", "output.loggers=[]", *args.overrides,
@@ -92,8 +91,6 @@ def summarise(steps: list[dict[str, float]], num_bytes: int, copy_gb_s: float) -
 
 def copy_bandwidth() -> float:
     """GB/s that copy_ of 1 GiB moves: what it reads and what it writes."""
-    import torch
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

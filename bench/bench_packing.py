@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rlsp_kernels import linear_logprob_entropy, logprob_entropy
@@ -34,20 +35,28 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
+    rows = measure(args.model, args.sequences, args.repeats, args.dtype)
+    for row in rows:
+        print(", ".join(f"{key} {row[key]}" for key in ("layout", "tokens_per_s", "seconds", "padding_share", "loss")))
+    ratio = rows[0]["tokens_per_s"] / rows[1]["tokens_per_s"]
+    print(f"packed over padded: {ratio:.2f}x; appended to {append('packing', rows)}")
+
+
+def measure(path: str | None, num_sequences: int, repeats: int, dtype: str) -> list[dict[str, Any]]:
+    """A row a layout, packed first."""
     device = dist.setup()
     with tempfile.TemporaryDirectory() as folder:
-        path = args.model or random_model(Path(folder))
-        config = ModelConfig(path=path, dtype=args.dtype)
+        path = path or random_model(Path(folder))
+        config = ModelConfig(path=path, dtype=dtype)
         policy = model.build(model.Policy, config, path, device, dist.mesh(device))
-        dtype = model.DTYPES[args.dtype]
-        padded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device)
-    pairs = sequences(args.sequences, policy.lm.config.vocab_size)
+        padded = AutoModelForCausalLM.from_pretrained(path, dtype=model.DTYPES[dtype], attn_implementation="sdpa").to(device)
+    pairs = sequences(num_sequences, policy.lm.config.vocab_size)
     num_tokens = sum(len(p) + len(r) - 1 for p, r in pairs)
     longest = max(len(p) + len(r) - 1 for p, r in pairs)
     runs = {"packed": packed_step(policy, pairs, device), "padded": padded_step(padded, pairs, device)}
     losses = {name: step() for name, step in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         for name, step in runs.items():
             start = time.perf_counter()
             step()
@@ -56,15 +65,13 @@ def main() -> None:
     for name, times in seconds.items():
         slots = num_tokens if name == "packed" else longest * len(pairs)
         row = {
-            **origin(), "layout": name, "dtype": args.dtype, "sequences": len(pairs), "tokens": num_tokens,
+            **origin(), "layout": name, "dtype": dtype, "sequences": len(pairs), "tokens": num_tokens,
             "padding_share": round(1 - num_tokens / slots, 3), "seconds": round(statistics.median(times), 4),
             "tokens_per_s": round(num_tokens / statistics.median(times)), "loss": round(losses[name], 6),
         }  # fmt: skip
         rows.append(row)
-        print(", ".join(f"{key} {row[key]}" for key in ("layout", "tokens_per_s", "seconds", "padding_share", "loss")))
-    ratio = rows[0]["tokens_per_s"] / rows[1]["tokens_per_s"]
-    print(f"packed over padded: {ratio:.2f}x; appended to {append('packing', rows)}")
     dist.cleanup()
+    return rows
 
 
 def random_model(folder: Path) -> str:

@@ -13,7 +13,8 @@
 #        bench_token_losses: the Triton kernels beside their peers
 #   540  peers_liger peers_trl peers_verl: the peers' own tests against our ops, see bench/peer_suites.py
 #   540  bench_trl_grpo: TRL's GRPO patched and not, where trl imports
-#   540  bench_step bench_colocate demo: where vLLM imports
+#   540  bench_step bench_step_full_size bench_colocate compare compare_transformers demo: where vLLM imports; compare needs trl
+#   540  nsys ncu: profiles of a step, where the tools are installed
 #
 # WHEELS: a folder of wheels for a machine without a package registry, installed with pip --no-index --no-deps into OUT/wheels,
 #   which goes on PYTHONPATH, ahead of what is installed. The peers' distributions and what they need beside torch and triton:
@@ -74,7 +75,22 @@ if python -c 'import trl' 2>/dev/null; then part bench_trl_grpo 540 python bench
 if python -c 'import vllm' 2>/dev/null; then
   part bench_step 540 python bench/bench_step.py --engines vllm transformers
   part bench_colocate 540 python bench/bench_colocate.py
+  # Policy, critic, reference and their Adam moments of 1.5 B parameters fit one GPU of 80 GB.
+  part bench_step_full_size 540 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 512 --idle --engines vllm --steps 3 \
+    --rounds 1 model.dtype=bfloat16 rollout.max_response_length=1024 train.batch_size=64 train.mini_batch_size=32 \
+    train.max_tokens_per_micro_batch=16384 rollout.kv_cache_gib=20
+  part compare 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 2 --problems 64 \
+    --response 300 --limit 1024
+  part compare_transformers 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines transformers --cases spread \
+    --repeats 1 --problems 32 --response 300 --limit 512
   part demo 540 python -m rlsp_fast demo
 fi
+profiled="model.path=outputs/gpu-model data.train=outputs/gpu-model/problems.jsonl data.template={problem} data.validation=[]
+  sft.steps=0 data.max_prompt_length=256 train.critic_warmup_steps=0"
+if command -v nsys >/dev/null || command -v ncu >/dev/null; then
+  python bench/random_model.py Qwen2.5-0.5B outputs/gpu-model --response 256 >/dev/null 2>&1
+fi
+if command -v nsys >/dev/null; then OUT="$out/nsys" part nsys 540 bash bench/profile_nsys.sh demo $profiled; fi
+if command -v ncu >/dev/null; then OUT="$out/ncu" part ncu 540 bash bench/profile_ncu.sh demo $profiled; fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 printf '%s\n' "${summary[@]}"

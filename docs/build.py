@@ -1,11 +1,13 @@
-"""Writes docs/config.md from the config's docstrings, and the tables in the README and two of docs from bench/results."""
+"""Writes docs/config.md from the config's docstrings; from bench/results docs/scaling.md, docs/throughput.png and the tables of
+the README, docs/rewards.md and docs/architecture.md."""
 
 import csv
 import re
+from dataclasses import fields
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
-from rlsp_fast import config
+from rlsp_fast import config, plan
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -16,8 +18,10 @@ def main() -> None:
     (ROOT / "docs" / "config.md").write_text(head + config.reference())
     readme = (ROOT / "README.md").read_text()
     readme = fill(readme, "demo table", demo())
-    readme = fill(readme, "bench tables", "\n\n".join((step(), ops(), packing())))
+    readme = fill(readme, "bench tables", "\n\n".join((compare(), step(), ops(), packing(), host(), NOT_MEASURED)))
     (ROOT / "README.md").write_text(readme)
+    plot_compare(ROOT / "docs" / "throughput.png")
+    (ROOT / "docs" / "scaling.md").write_text(scaling())
     rewards = ROOT / "docs" / "rewards.md"
     rewards.write_text(fill(rewards.read_text(), "exploration table", exploration()))
     architecture = ROOT / "docs" / "architecture.md"
@@ -97,8 +101,167 @@ def across(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
+# --- beside TRL -------------------------------------------------------------------------------
+
+PARTS = ("gen", "reward", "annotate", "update")
+CASES = {"spread": "lengths spread", "full": "all to the limit"}
+
+
+def compare() -> str:
+    """A line a case and engine, over its repeats."""
+    rows = compared()
+    if not rows:
+        return "Beside TRL: not measured."
+    lines = [
+        "The same GRPO rounds (one generation, two updates) by rlsp_fast and by TRL's GRPO trainer, in turns:",
+        "",
+        "| responses | engine | rlsp_fast, s a round | TRL, s a round | tokens a second, rlsp_fast over TRL |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, engine in dict.fromkeys((r["case"], r["engine"]) for r in rows):
+        ours, theirs = (trainers(rows, case, engine, name) for name in ("rlsp_fast", "trl"))
+        ratios = [float(o["tokens_per_s"]) / float(t["tokens_per_s"]) for o, t in zip(ours, theirs, strict=False)]
+        said = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
+        lines.append(f"| {CASES[case]} | {engine} | {a_round(ours)} | {a_round(theirs) if theirs else 'fails'} | {said} |")
+    r = next(r for r in rows if r["step"])
+    repeats = 1 + max(int(x["repeat"]) for x in rows)
+    seconds = "CPU seconds" if r["basis"] == "cpu" else "seconds"
+    lines += [
+        "",
+        f"{seconds[0].upper()}{seconds[1:]} of whole rounds, medians of up to {repeats} repeats; {r['problems']} problems of",
+        f"{r['samples']} responses, about {r['response']} tokens long where they spread, at most {r['limit']};",
+        f"random weights of `{r['architecture']}`, {r['dtype']}, {r['threads']} thread.",
+        f"{where(r)[:-1]}, TRL {r['trl']}. `python bench/compare.py` says what is not the same in both.",
+    ]
+    failed = {(x["engine"], x["failed"]) for x in rows if x["trainer"] == "trl" and x["failed"]}
+    lines += [f"TRL with {engine} here: `{why}`" for engine, why in sorted(failed)]
+    return "\n".join([*lines, "", "![where a round's time goes](docs/throughput.png)"])
+
+
+def compared() -> list[dict[str, str]]:
+    """The newest row of each process, of the device and the model measured last."""
+    rows = newest("compare", "case", "engine", "trainer", "repeat", "device", "architecture")
+    return [r for r in rows if all(r[k] == rows[-1][k] for k in ("device", "architecture"))]
+
+
+def trainers(rows: list[dict[str, str]], case: str, engine: str, trainer: str) -> list[dict[str, str]]:
+    """The rows of one trainer that did not fail."""
+    return [r for r in rows if (r["case"], r["engine"], r["trainer"]) == (case, engine, trainer) and r["step"]]
+
+
+def share(row: dict[str, str], part: str) -> float:
+    return float(row[part]) / sum(float(row[name]) for name in PARTS)
+
+
+def a_round(rows: list[dict[str, str]]) -> str:
+    return f"{median(float(r['seconds_a_round']) for r in rows):.2f}"
+
+
+def plot_compare(path: Path) -> None:
+    """Bars of seconds a round, medians over the repeats, divided as wall-clock time divides between the phases."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = compared()
+    keys = dict.fromkeys((r["case"], r["engine"], r["trainer"]) for r in rows if r["step"])
+    if not keys:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.45 * len(keys)), layout="constrained")
+    left = [0.0] * len(keys)
+    for part in PARTS:
+        width = [median(share(r, part) * float(r["seconds_a_round"]) for r in trainers(rows, *key)) for key in keys]
+        axes.barh(range(len(keys)), width, left=left, label=part)
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    axes.set_yticks(range(len(keys)), [f"{trainer}, {engine}, {CASES[case]}" for case, engine, trainer in keys])
+    axes.invert_yaxis()
+    axes.set_xlabel("CPU seconds a round" if any(r["basis"] == "cpu" for r in rows) else "seconds a round")
+    figure.legend(loc="outside upper center", ncols=len(PARTS), fontsize="small")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+# --- scaling ----------------------------------------------------------------------------------
+
+
+def scaling() -> str:
+    """docs/scaling.md."""
+    rows = newest("scaling", "model", "gpus")
+    head = "# Scaling, on paper\n\nMade by docs/build.py from bench/results/scaling.csv. "
+    if not rows:
+        return head + "Not computed.\n"
+    r = rows[0]
+    lines = [
+        head + "No GPU has confirmed a number of this page: seconds follow from",
+        f"`rlsp plan`'s model for {r['gpu']}s in nodes of 8, as bench/scaling.py says: 1,024 problems of 8 responses a step,",
+        f"mini-batches of 256 problems, {r['prompt_tokens']} tokens a prompt, {r['response_tokens']} a response in the mean,",
+        f"at most {r['limit']}; PPO with critic and reference. The batch stays as GPUs are added. At each size the layout is",
+        "the fastest that fits.",
+    ]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        lines += [
+            "", f"## {name}", "",
+            "| GPUs | share weights | tensor parallel | s a step | generate | annotate | update | push | tokens/s/GPU |"
+            " efficiency | first bottleneck | twice as fast saves |",
+            "| --- |" + " --- |" * 11,
+        ]  # fmt: skip
+        for row in (row for row in rows if row["model"] == name):
+            cells = [
+                row[k]
+                for k in (
+                    "gpus",
+                    "share_weights",
+                    "tensor_parallel",
+                    "step_s",
+                    "generate_s",
+                    "annotate_s",
+                    "update_s",
+                    "push_s",
+                )
+            ]
+            cells += [f"{int(row['tokens_per_s_per_gpu']):,}", f"{100 * float(row['efficiency']):.0f} %"]
+            cells += [row["bottleneck"], f"{100 * float(row['twice_as_fast_saves']):.0f} %"]
+            lines.append(f"| {' | '.join(cells)} |")
+    gpu = plan.GPUS[r["gpu"]]
+    lines += [
+        "",
+        "`share weights`: ranks that share one copy of the weights (`train.fsdp_shard_size`). Some recompute activations, as",
+        "the CSV says. Efficiency: tokens a second and GPU, of the smallest size's.",
+        "", "## What went in", "",
+        f"- Measured: the host's {r['host_ms']} ms a micro-batch of 64 sequences (bench/results/host.csv, {r['host_source']}).",
+        f"- Data sheet, {gpu.name}: {gpu.tflops:,.0f} TFLOP/s; GB/s: {gpu.memory_gb_s:,.0f} memory, {gpu.link_gb_s:,.0f} link,",
+        f"  {gpu.host_gb_s:,.0f} to the host, each way.",
+        "- Assumed, not measured by anyone here:",
+        *(f"  - {getattr(plan.Assumed(), f.name):g} {f.metadata['sentence']}" for f in fields(plan.Assumed)),
+        "", f"Commit {r['commit']}. `python bench/scaling.py`", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def host() -> str:
+    rows = {r["path"]: r for r in newest("host", "path")}
+    if not rows:
+        return "The host between the kernels: not measured."
+    each = ", ".join(f"{name} {float(r['median_ms']):.2f}" for name, r in rows.items())
+    whole = sum(float(rows[name]["median_ms"]) for name in ("pack", "group advantages"))
+    r = next(iter(rows.values()))
+    return (
+        f"Python between the kernels, a micro-batch of 64 sequences: {whole:.2f} ms (packing, group advantages).\n"
+        f"Milliseconds of each path: {each}.\n"
+        f"{r['device']}, torch {r['torch']}, commit {r['commit']}. `python bench/bench_host.py`"
+    )
+
+
+NOT_MEASURED = (
+    "On a GPU: not measured, neither a step nor MFU, MBU, nsys or ncu, nor TRL beside it; `bash bench/gpu.sh` measures them.\n"
+    "verl and OpenRLHF, which run on Ray: not compared. [docs/scaling.md](docs/scaling.md) has 8 to 1,024 GPUs on paper,\n"
+    "[docs/performance.md](docs/performance.md) says what measures what; `make bench` fails when something became slower."
+)
+
+
 def step() -> str:
-    rows = newest("step", "engine")
+    rows = [r for r in newest("step", "engine", "recipe", "architecture") if r["recipe"] == "demo" and not r["architecture"]]
     if not rows:
         return "Step time: not measured."
     phases = [name for name in rows[0] if name.endswith("_s") and name not in ("step_s", "tokens_per_s")]
@@ -152,8 +315,6 @@ def packing() -> str:
             f"Training on GSM8K's lengths: packed {int(packed['tokens_per_s']):,} tokens a second, padded",
             f"{int(padded['tokens_per_s']):,}: {ratio:.2f}x ({share:.0f} % of the padded batch is padding). {where(packed)}",
             "`python bench/bench_packing.py`",
-            "",
-            "On a GPU: not measured.",
         ]
     )
 

@@ -39,7 +39,7 @@ class _Terminal(logging.Handler):
 
 
 class Timer:
-    """Seconds per phase. `with timer("gen"):` is also an NVTX range of the same name."""
+    """Seconds per phase. `with timer("gen"):` is also an NVTX range and a torch.profiler range of the same name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -48,10 +48,10 @@ class Timer:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         dist.enter(phase)
-        with nvtx.annotate(phase, domain="rlsp_fast"):
+        with nvtx.annotate(phase, domain="rlsp_fast"), torch.profiler.record_function(phase):
             yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # a phase ends when the device has done its work, not when it was asked to
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a phase ends when the device has done its work, not when it was asked to
         dist.enter(f"what follows {phase}")
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 

@@ -4,6 +4,7 @@ Axes: T packed positions, N of them predict response tokens, S sequences. No pad
 position predicts: types.predicted.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -69,28 +70,44 @@ def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Packed
     Raises:
         ValueError: on a sequence with fewer than two tokens, since it predicts nothing.
     """
-    inputs, targets, mask, positions, lengths = [], [], [], [], []
+    inputs, last, mask, lengths = [], [], [], []
     for prompt_ids, response_ids in sequences:
         if len(prompt_ids) + len(response_ids) < 2:
             raise ValueError("want at least 2 tokens in a sequence: one to read and one to predict")
         x, y, m = predicted(tuple(prompt_ids), tuple(response_ids))
         inputs += x
-        targets += y
+        last.append(y[-1])
         mask += m
-        positions += range(len(x))
         lengths.append(len(x))
-    mask_T = torch.tensor(mask, dtype=torch.bool)
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    input_T, mask_T = flat(inputs, torch.int64), flat(mask, torch.bool)
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    starts_T = borders[:-1].repeat_interleave(borders.diff())
+    token_T = input_T.roll(-1)  # targets are inputs one position on, but for each sequence's last: half of them need no list
+    token_T[borders[1:] - 1] = flat(last, torch.int64)
     return PackedBatch(
-        input_T=torch.tensor(inputs, dtype=torch.int64),
-        token_T=torch.tensor(targets, dtype=torch.int64),
+        input_T=input_T,
+        token_T=token_T,
         mask_T=mask_T,
         rows_N=mask_T.nonzero().squeeze(-1),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
-        cu_seqlens=borders,
+        position_ids=torch.arange(len(starts_T)) - starts_T,
+        cu_seqlens=borders.to(torch.int32),
         max_seqlen=max(lengths, default=0),
         lengths=tuple(lengths),
     )
+
+
+def flat(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """torch.tensor(numbers, dtype=dtype), a fifth to a tenth of its time: packing would otherwise wait for it.
+
+    Args:
+        numbers: ints for bool and int64, floats for float32.
+    """
+    if not numbers:
+        return torch.empty(0, dtype=dtype)
+    if dtype == torch.bool:
+        return torch.frombuffer(bytearray(numbers), dtype=dtype)
+    code, held = {torch.int64: ("q", torch.int64), torch.float32: ("d", torch.float64)}[dtype]
+    return torch.frombuffer(array(code, numbers), dtype=held).to(dtype)
 
 
 def balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:

@@ -648,7 +648,9 @@ def step_seconds(job: Job) -> dict[str, float]:
     tokens = job.num_samples * sequence / job.num_gpus
     n = job.shard_size
     across_nodes = n > job.num_gpus // job.num_nodes
-    link = 1e9 * (min(gpu.link_gb_s, a.network_gb_s) if across_nodes else gpu.link_gb_s) * a.link_efficiency
+    network = min(gpu.link_gb_s, a.network_gb_s) if job.num_nodes > 1 else gpu.link_gb_s
+    link, replica_link = (1e9 * speed * a.link_efficiency for speed in (network if across_nodes else gpu.link_gb_s, network))
+    replicas = job.num_gpus // n
     peak_flops = gpu.tflops * 1e12 * (1 if c == 2 else 0.5)
     mini_batches = t.batch_size // t.mini_batch_size
     micro_batches = mini_batches * math.ceil(tokens / mini_batches / (0.9 * job.micro_batch_tokens))
@@ -657,7 +659,8 @@ def step_seconds(job: Job) -> dict[str, float]:
         flops = times * forward_flops(shapes, tokens, sequence, head=head)
         compute = flops / (peak_flops * a.train_efficiency)
         moved = micro_batches * shapes.num_parameters * (gathers * c + scatters * 4) * (n - 1) / n
-        communicate = moved / link
+        reduced = micro_batches * shapes.num_parameters * scatters * 4 / n * 2 * (replicas - 1) / replicas  # HSDP's all-reduce
+        communicate = moved / link + reduced / replica_link
         return updates * (compute + max(communicate - a.overlap * compute, (1 - a.overlap) * communicate))
 
     work = 4 if job.config.model.activation_checkpointing else 3

@@ -6,7 +6,7 @@ Axes: T packed positions, S sequences. The same loop serves GRPO, RLOO and REINF
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -30,7 +30,7 @@ from rlsp_fast.log import Timer
 from rlsp_fast.memory import ran_out
 from rlsp_fast.model import Critic, Policy, begin_anew
 from rlsp_fast.optim import Optimizer
-from rlsp_fast.packing import PackedBatch, pack, schedule
+from rlsp_fast.packing import PackedBatch, flat, pack, schedule
 
 log = logging.getLogger(__name__)
 
@@ -165,21 +165,16 @@ class PPO:
         batch = pack([(s.prompt_ids, s.response_ids) for s in samples])
         rollout_logprob: list[float] = []
         carried: list[bool] = []
-        weight: list[float] = []
-        critic_weight: list[float] = []
         for s in samples:
-            nothing = [0.0] * (s.num_positions - len(s.response_ids))
-            rollout_logprob += [*nothing, *s.rollout_logprob]
-            carried += [i < s.num_carried for i in range(-len(nothing), len(s.response_ids))]
-            per_token = {
-                "token_mean": 1 / num_tokens,
-                "sequence_mean": 1 / (num_sequences * len(s.response_ids)),
-                "dr_grpo": 1 / (num_sequences * self.config.rollout.max_response_length),
-            }[self.algorithm.loss_aggregation]
-            # Denominators count a sample in full: what has weight 1 counts as it would if all had, and a mini-batch in which
-            # all weigh less moves the policy less. As the weights of prioritized replay (arXiv 1511.05952), at most 1.
-            weight += [*nothing, *[s.weight * per_token] * len(s.response_ids)]
-            critic_weight += [*nothing, *[s.weight / num_tokens] * len(s.response_ids)]
+            rollout_logprob += s.rollout_logprob
+            carried += [True] * s.num_carried + [False] * (len(s.response_ids) - s.num_carried)
+        rollout_logprob_T, carried_T = torch.zeros(batch.num_tokens), torch.zeros(batch.num_tokens, dtype=torch.bool)
+        rollout_logprob_T[batch.rows_N] = flat(rollout_logprob, torch.float32)
+        carried_T[batch.rows_N] = flat(carried, torch.bool)
+        # Denominators count a sample in full: what has weight 1 counts as it would if all had, and a mini-batch in which
+        # all weigh less moves the policy less. As the weights of prioritized replay (arXiv 1511.05952), at most 1.
+        weight_S = [s.weight * self._per_token(len(s.response_ids), num_tokens, num_sequences) for s in samples]
+        critic_weight_S = [s.weight / num_tokens for s in samples]
         if idle:
             batch = batch.idle()
         # FSDP averages gradients over ranks, where the loss is a sum over the tokens of all ranks.
@@ -188,11 +183,19 @@ class PPO:
             batch=batch,
             group=tuple(s.group for s in samples),
             reward_S=torch.tensor([s.reward for s in samples], dtype=torch.float32),
-            rollout_logprob_T=torch.tensor(rollout_logprob, dtype=torch.float32),
-            carried_T=torch.tensor(carried) & batch.mask_T,
-            weight_T=torch.tensor(weight, dtype=torch.float32) * batch.mask_T * world,
-            critic_weight_T=torch.tensor(critic_weight, dtype=torch.float32) * batch.mask_T * world,
+            rollout_logprob_T=rollout_logprob_T,
+            carried_T=carried_T & batch.mask_T,
+            weight_T=_along(weight_S, batch) * batch.mask_T * world,
+            critic_weight_T=_along(critic_weight_S, batch) * batch.mask_T * world,
         )
+
+    def _per_token(self, num_response_tokens: int, num_tokens: int, num_sequences: int) -> float:
+        """Share of one token of a response in its mini-batch's policy loss."""
+        return {
+            "token_mean": 1 / num_tokens,
+            "sequence_mean": 1 / (num_sequences * num_response_tokens),
+            "dr_grpo": 1 / (num_sequences * self.config.rollout.max_response_length),
+        }[self.algorithm.loss_aggregation]
 
     # --- annotate -----------------------------------------------------------------------------
 
@@ -269,28 +272,30 @@ class PPO:
 
     def _group_advantages(self, micros: list[MicroBatch]) -> None:
         """Each response against the others of its problem. Its score is its reward minus its summed KL penalty."""
-        totals = [
+        totals = [_per_sequence(m, m.token_reward_T).tolist() for m in micros]
+        real = [
             (group, total)
-            for m in micros
-            for group, total, real in zip(m.group, _per_sequence(m, m.token_reward_T).tolist(), _is_real(m), strict=True)
-            if real
+            for m, total_S in zip(micros, totals, strict=True)
+            if len(m.batch.rows_N)  # else the weight-0 repeat that keeps a rank in step
+            for group, total in zip(m.group, total_S, strict=True)
         ]
         scores: dict[int, list[float]] = {}
-        for part in dist.gather_objects(totals):
+        for part in dist.gather_objects(real):
             for group, total in part:
                 scores.setdefault(group, []).append(total)
-        for m in micros:
-            advantage_S = []
-            for group, total in zip(m.group, _per_sequence(m, m.token_reward_T).tolist(), strict=True):
-                x = torch.tensor(scores.get(group, [total]), dtype=torch.float64)
-                if self.algorithm.advantage == "rloo":
-                    # reward minus the mean of the others = (reward - mean) * n / (n - 1)
-                    advantage_S.append((total - x.mean().item()) * len(x) / max(1, len(x) - 1))
-                else:
-                    advantage_S.append((total - x.mean().item()) / (x.std().item() + 1e-6) if len(x) > 1 else 0.0)
-            lengths = torch.tensor(m.batch.lengths, device=self.device)
-            per_token = torch.tensor(advantage_S, dtype=torch.float32, device=self.device).repeat_interleave(lengths)
-            m.advantage_T = per_token * m.batch.mask_T
+        for m, total_S in zip(micros, totals, strict=True):
+            advantage_S = [self._against_others(total, scores[group]) for group, total in zip(m.group, total_S, strict=True)]
+            m.advantage_T = _along(advantage_S, m.batch).to(self.device) * m.batch.mask_T
+
+    def _against_others(self, total: float, scores: list[float]) -> float:
+        """What a response's score is against those of its problem, its own among them."""
+        n = len(scores)
+        if n < 2:
+            return 0.0
+        mean = math.fsum(scores) / n
+        if self.algorithm.advantage == "rloo":
+            return (total - mean) * n / (n - 1)  # its score minus the mean of the others
+        return (total - mean) / (math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (n - 1)) + 1e-6)
 
     def _describe(self, micros: list[MicroBatch]) -> dict[str, float]:
         """Metrics over the response tokens of all ranks; one reduction.
@@ -498,6 +503,6 @@ def _per_sequence(m: MicroBatch, x_T: Tensor) -> Tensor:
     return torch.zeros(len(lengths), dtype=torch.float64, device=x_T.device).index_add(0, sequence_T, x_T.double())
 
 
-def _is_real(m: MicroBatch) -> Iterator[bool]:
-    """False for the weight-0 repeat that keeps a rank in step."""
-    return (bool(part.any()) for part in m.batch.mask_T.split(list(m.batch.lengths)))
+def _along(number_S: Sequence[float], batch: PackedBatch) -> Tensor:
+    """(T,) f32 on the host: each sequence's number at all of its positions."""
+    return torch.tensor(number_S, dtype=torch.float32).repeat_interleave(torch.tensor(batch.lengths))

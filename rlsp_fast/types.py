@@ -94,4 +94,5 @@ def predicted(
     ((5, 6, 7), (6, 7, 8), [False, True, True])
     """
     tokens = prompt_ids + response_ids
-    return tokens[:-1], tokens[1:], [t + 1 >= len(prompt_ids) for t in range(len(tokens) - 1)]
+    first = max(len(prompt_ids) - 1, 0)  # the first position whose target is a response token
+    return tokens[:-1], tokens[1:], [False] * first + [True] * (len(tokens) - 1 - first)

