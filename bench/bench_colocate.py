@@ -2,9 +2,9 @@
 
     python bench/bench_colocate.py [--model Qwen2.5-1.5B] [--steps 24] [--response 256] [key=value ...]
 
-Trains a model of a named shape (or `tiny`) with random weights (GRPO with a KL to the reference: policy, its Adam moments and the
-reference stay on the GPU) for --steps steps, and reads the run's own metrics.jsonl: every number but the copy bandwidth is one
-that a user's run logs. Medians over the steps after the second (vLLM compiles, Adam's moments come). Appends to
+Trains a model of a named shape (or `tiny`) with random weights for --steps steps, GRPO with a KL to the reference (policy, its
+Adam moments and the reference stay on the GPU), and reads the run's own metrics.jsonl: every number but the copy bandwidth is
+one that a user's run logs. Medians over the steps after the second (vLLM compiles, Adam's moments come). Appends to
 bench/results/colocate.csv.
 
   freed       what sleep gave back, of what vLLM took when it was made. Aim on an H200: 95 % at level 2.
@@ -12,7 +12,8 @@ bench/results/colocate.csv.
               writes a second on this device. Aim: 40 % of the latter on one GPU.
   growth      of the least memory of a step, over the last 20 steps. Aim: under 64 MiB.
 
-On a CPU vLLM frees nothing when it sleeps and its load repacks every layer: the run shows that the bench works, no more.
+On a CPU vLLM frees nothing when it sleeps, its load repacks every layer, and its KV cache takes memory as blocks are first
+used, which shows as growth: the run shows that the bench works, no more.
 """
 
 import argparse
