@@ -85,12 +85,8 @@ def exploration() -> str:
     ]
     lines += ["problems; mean ± standard deviation between seeds. `none` is also every arm with alpha = 1."]
     versions = f"{r['device']}, torch {r['torch']}, transformers {r['transformers']}, commit {r['commit']}."
-    return "\n".join(
-        [
-            *lines,
-            f"{versions} `python bench/bench_exploration.py`, and with\n`--steps 40 --alphas 0.5 1.0 --explorations none length`",
-        ]
-    )
+    longer = "`--steps 40 --alphas 0.5 1.0 --explorations none length`"
+    return "\n".join([*lines, f"{versions} `python bench/bench_exploration.py`, and with", longer])
 
 
 def arm(name: str, alpha: str, steps: str, runs: list[dict[str, str]], when: str) -> str:

@@ -12,8 +12,9 @@
 #   sbatch docs/slurm.sh RECIPE [key=value ...]
 #
 # One torchrun a node. Weights are sharded inside a node and replicated between nodes (train.fsdp_shard_size = 8: HSDP), so that
-# layers are gathered over NVLink and only gradients cross the network. 300 s before the time limit Slurm sends SIGTERM: the
-# run ends after its current step, saved (output.save_every must cover steps longer than that), and the same command goes on.
+# layers are gathered over NVLink and only gradients cross the network. Slurm's SIGTERM
+# reaches torchrun, which gives the run 30 s to end its step and save; a longer step is lost. The same command continues from the
+# last checkpoint: set output.save_every accordingly. Before the first submission: mkdir -p outputs.
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
@@ -21,4 +22,4 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29500" \
-  -m rlsp_fast run "$@" train.fsdp_shard_size=8 "output.dir=outputs/$SLURM_JOB_NAME"
+  -m rlsp_fast run "$1" train.fsdp_shard_size=8 "output.dir=outputs/$SLURM_JOB_NAME-$(basename "$1" .toml)" "${@:2}"

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlsp_fast import __version__
@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--strict", dest="mode", action="store_const", const="strict", help="the answer must be boxed")
     mode.add_argument("--lenient", dest="mode", action="store_const", const="lenient", help="a box is not required")
     check.set_defaults(mode="strict")
-    check.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="limit of one verification")
-    check.add_argument("--workers", type=int, default=2, help="verifier processes")
+    check.add_argument("--timeout", type=_positive(float), default=5.0, metavar="SECONDS", help="limit of one verification")
+    check.add_argument("--workers", type=_positive(int), default=2, metavar="N", help="verifier processes")
     of_data = verb("data", None, "work on problem sets: decontaminate").add_subparsers(required=True, metavar="VERB")
     text = "leave out training problems that overlap evaluation problems, with a report of each and why"
     apart = of_data.add_parser("decontaminate", help=text, description=text)
@@ -111,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     gguf.add_argument("out", type=Path, help="folder to write")
     verb("config", _config, "every setting with its default and meaning, as Markdown")
     return parser
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"want more than 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number
+    return parse
 
 
 def _stages(*, sft: bool, rl: bool) -> object:

@@ -34,6 +34,8 @@ def settle(config: Config, device: torch.device) -> Config:
     else:
         job = _job(config, device)
         settled, why = job.config, f"rlsp plan for {dist.world_size()} x {job.gpu.name} of {job.memory / plan.GIB:.1f} GiB"
+        if job.gpu.name.partition("-")[0] not in torch.cuda.get_device_name(device):
+            log.info("rlsp plan does not know %s: its seconds are %s's", torch.cuda.get_device_name(device), job.gpu.name)
         if not plan.fits(job):
             highest = plan.peak(job)
             log.warning(
@@ -60,7 +62,7 @@ def _job(config: Config, device: torch.device) -> plan.Job:
     """This machine's, with the memory of its smallest GPU."""
     num_nodes = max(1, dist.world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size())))
     properties = torch.cuda.get_device_properties(device)
-    known = next((gpu for gpu in plan.GPUS if gpu.partition("-")[0] in properties.name), "H100")  # for the seconds alone
+    known = next((gpu for gpu in plan.GPUS if gpu.partition("-")[0] in properties.name), "H100")
     memory = -int(dist.max_over_ranks([-properties.total_memory])[0])
     num_gpus = dist.world_size() // num_nodes
     return plan.make_job(
@@ -104,7 +106,7 @@ def remember(tokens: int, folder: Path) -> None:
 
 
 @contextmanager
-def explaining(engine: Colocated, config: Config, device: torch.device, folder: Path) -> Iterator[None]:
+def explaining(engine: Colocated | None, config: Config, device: torch.device, folder: Path) -> Iterator[None]:
     """Memory that runs out in here ends the run with the step's ledger and what the plan would change.
 
     A micro-batch that ran out leaves half of its tokens as the budget with which the same command continues.
@@ -117,8 +119,8 @@ def explaining(engine: Colocated, config: Config, device: torch.device, folder: 
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        entries = engine.ledger.entries
-        where = f"after {entries[-1].edge}" if entries else "before generation"
+        entries = engine.ledger.entries if engine is not None else []
+        where = f"after {entries[-1].edge}" if entries else "before anything was generated"
         said = str(error).splitlines()[0][:300].removeprefix("out of memory: ")
         way = f"{advice(config, device)}. The same command continues from the last checkpoint"
         if isinstance(error, MicroBatchMemoryError):

@@ -22,6 +22,9 @@ from rlsp_fast.config import ConfigError
 RANK_TIMEOUT_S = 1800.0
 """Seconds that one rank waits for another before it gives up."""
 
+_WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/")
+"""Files of torch in which a rank stands that waits for others: collectives, backward's hooks, the device."""
+
 _ALONE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _set_alone = False
 _meeting: dist.ProcessGroup | None = None
@@ -48,7 +51,8 @@ def setup(timeout_s: float = RANK_TIMEOUT_S) -> torch.device:
     if not dist.is_initialized():
         # gloo beside NCCL: metrics and weights for checkpoints are reduced on the host
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        # Later than the watch, which names who is missing: a collective that times out ends the rank that waited.
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + 300))
     if _meeting is None and world_size() > 1:
         _meeting = dist.new_group(backend="gloo")
     return device
@@ -170,19 +174,24 @@ class _HangWatch:
             place = traceback.extract_stack(sys._current_frames()[self.main])[-1]
             mine = {"count": count, "phase": phase, "waited": waited, "beat": beat}
             mine["where"] = f"{Path(place.filename).name}:{place.lineno} {place.name}"
+            mine["waits"] = any(part in place.filename for part in _WAITING)
             self.store.set(f"rlsp_fast/{rank()}", json.dumps(mine))
             if waited <= self.limit_s:
                 looks.clear()
                 continue
             looks.append(self._look())
-            if len(looks) == looks.maxlen and (message := self._verdict(count, looks[0], looks[-1])):
+            if len(looks) == looks.maxlen and (message := self._verdict(count, list(looks))):
                 print(f"rlsp: {message}", file=sys.stderr, flush=True)
                 os._exit(3)  # nothing in this process can be waited for
 
-    def _verdict(self, count: int, before: dict[int, dict], now: dict[int, dict]) -> str | None:
-        """Who is behind this rank, by two looks at all; None when nobody is, or when a rank before this one will say it."""
+    def _verdict(self, count: int, looks: list[dict[int, dict]]) -> str | None:
+        """Who is behind this rank, by some looks at all; None when nobody is, or when a rank before this one will say it."""
+        before, now = looks[0], looks[-1]
         silent = [r for r in now if now[r]["beat"] == before[r]["beat"] and r != rank()]
         behind = [r for r in now if now[r]["count"] < count or r in silent]
+        if not behind:  # all in one phase: some stand in a collective all along, and who does not keeps them there
+            standing = [r for r in now if all(look[r]["waits"] and look[r]["where"] == now[r]["where"] for look in looks)]
+            behind = [r for r in now if not any(look[r]["waits"] for look in looks)] if rank() in standing else []
         if not behind or rank() != min(set(now) - set(behind)):
             return None
         who = "; ".join(
@@ -196,7 +205,7 @@ class _HangWatch:
         found = {}
         for r in range(world_size()):
             key = f"rlsp_fast/{r}"
-            never = {"count": -1, "phase": "start", "waited": 0.0, "beat": 0, "where": "an unknown place"}
+            never = {"count": -1, "phase": "start", "waited": 0.0, "beat": 0, "where": "an unknown place", "waits": False}
             found[r] = json.loads(self.store.get(key)) if self.store.check([key]) else never
         return found
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlsp_fast import plan, shapes
+from rlsp_fast import judge, monitor, plan, shapes
 from rlsp_fast.config import Config
 
 GIB = 2**30
@@ -399,10 +399,17 @@ def recipe_findings(config: Config, environment: Mapping[str, str], torch_found:
         path = Path(config.reward.function.rpartition(":")[0])
         there = path.is_file()
         yield Finding("ok" if there else "fail", "reward.function", str(path), "" if there else "no such file")
-    for key, named_file in {"reward.judge": config.reward.judge, "train.monitors": config.train.monitors}.items():
+    files = {
+        "reward.judge": (config.reward.judge, judge.load_settings),
+        "train.monitors": (config.train.monitors, monitor.load),
+    }
+    for key, (named_file, load) in files.items():
         if named_file:
-            there = Path(named_file).expanduser().is_file()
-            yield Finding("ok" if there else "fail", key, named_file, "" if there else "no such file")
+            try:
+                load(named_file)
+                yield Finding("ok", key, named_file)
+            except ValueError as error:
+                yield Finding("fail", key, named_file, str(error))
     for name in config.output.loggers or ():
         there = importlib.util.find_spec(name) is not None
         yield Finding("ok" if there else "fail", "output.loggers", name, "" if there else f"pip install {name}")
@@ -456,7 +463,11 @@ def _memory_findings(config: Config, gpus: list[dict[str, Any]]) -> Iterator[Fin
         found = shapes.read(config.model.path)
     except shapes.ShapesError:
         return
-    job = plan.make_job(config, found, num_gpus=world, memory=min(gpu["total"] for gpu in gpus))
+    try:
+        job = plan.make_job(config, found, num_gpus=world, memory=min(gpu["total"] for gpu in gpus))
+    except plan.PlanError as error:
+        yield Finding("warn", "memory", str(error), "right with more nodes, else change it")
+        return
     if plan.fits(job):
         says = f"{plan.peak(job).total / GIB:.1f} GiB in {plan.peak(job).name}, by the plan"
         yield Finding("ok", "memory", says)

@@ -15,6 +15,7 @@ and again. Waking both at once, or before the trainer let go, is what runs out o
 
 import logging
 import re
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,7 +97,8 @@ class Ledger:
         if not entries:
             return {}
         floor = min(entry.used for entry in entries)
-        names = [(f"memory/{e.edge}/{kind}_gib", getattr(e, kind)) for e in entries for kind in _KINDS if getattr(e, kind)]
+        kinds = _KINDS if torch.cuda.is_available() else ("used",)  # not by what is 0 here: all ranks must name the same
+        names = [(f"memory/{e.edge}/{kind}_gib", getattr(e, kind)) for e in entries for kind in kinds]
         names += others.items()
         most = dist.max_over_ranks([floor, *(number for _, number in names)])
         self.floors = [*self.floors, int(most[0])][-GROWTH_STEPS - 1 :]
@@ -127,7 +129,7 @@ def measure(edge: str) -> Entry:
     """What is held now. Cost on a GPU: one call to the driver."""
     if not torch.cuda.is_available():
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return Entry(edge, 0, 0, pages * 4096)
+        return Entry(edge, 0, 0, pages * resource.getpagesize())
     free, total = torch.cuda.mem_get_info()
     return Entry(edge, torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), total - free)
 
@@ -269,33 +271,34 @@ class Offload:
         with self._side_stream():
             for tensor in self._tensors():
                 local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                storage = local.untyped_storage().data_ptr()
-                if storage == 0 or storage in seen:
+                storage = local.untyped_storage()
+                if storage.nbytes() == 0 or storage.data_ptr() in seen:
                     continue
-                seen.add(storage)
+                seen.add(storage.data_ptr())
+                # The whole storage: a shard of FSDP2 is a part of one that is padded, and the padding is gathered too.
+                there = torch.empty(0, dtype=torch.uint8, device=local.device).set_(storage)
                 host = self._hosts.get(id(tensor))
-                if host is None or host.shape != local.shape:
-                    host = torch.empty(local.shape, dtype=local.dtype, pin_memory=self._stream is not None)
+                if host is None or len(host) != len(there):
+                    host = torch.empty(len(there), dtype=torch.uint8, pin_memory=self._stream is not None)
                     self._hosts[id(tensor)] = host
-                host.copy_(local, non_blocking=True)
-                self._moving.append((local, host))
+                host.copy_(there, non_blocking=True)
+                self._moving.append((there, host))
 
     def finish(self) -> int:
         """Waits for the copies and frees the device's memory. Returns its bytes."""
         if self._stream is not None:
             self._stream.synchronize()
-        for local, _ in self._moving:
-            local.untyped_storage().resize_(0)
-        return sum(host.nbytes for _, host in self._moving)
+        for there, _ in self._moving:
+            there.untyped_storage().resize_(0)
+        return sum(len(host) for _, host in self._moving)
 
-    @torch.no_grad()
     def to_device(self) -> None:
         """Everything back where it was. What the device computes next waits for the copies, the host does not."""
-        for local, host in self._moving:
-            local.untyped_storage().resize_(host.nbytes)
+        for there, host in self._moving:
+            there.untyped_storage().resize_(len(host))
         with self._side_stream():
-            for local, host in self._moving:
-                local.copy_(host, non_blocking=True)
+            for there, host in self._moving:
+                there.copy_(host, non_blocking=True)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
         self._moving = []

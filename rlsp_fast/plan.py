@@ -142,7 +142,9 @@ class Job:
 
     @property
     def samples_per_engine(self) -> int:
-        return -(-self.num_samples * self.tensor_parallel // self.num_gpus)
+        """Begun in a step."""
+        begun = math.ceil(round(self.config.rollout.oversample * self.num_samples, 6))
+        return -(-begun * self.tensor_parallel // self.num_gpus)
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 _STOP_TOKENS = 64  # of a response's end: more than a stop string has
 MAX_CARRIES = 4
-"""A group carried over this often is waited for: no token trained on is older than this many steps."""
+"""A group carried over this often is waited for. No token trained on is older than this many steps, but where more such groups
+than it may take fall to one engine: those beyond wait for the next step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,6 +162,7 @@ class _Run:
                     lambda: make_engine(config, start_path, self.tokenizer, self.device), config.train.max_memory_growth_gib
                 )
                 stack.callback(engine.close)
+            stack.enter_context(budget.explaining(engine, config, self.device, self.folder))
             if dist.rank() == 0:  # everything loads: from here on this is the run in this folder
                 (self.folder / "config.toml").write_text(dump(self.asked))
             if self.with_sft:
@@ -192,7 +193,10 @@ class _Run:
     def _evaluate(
         self, name: str, step: int, policy: Policy, engine: Colocated | None, scorer: Scorer, problems: list[Problem]
     ) -> Evaluation | None:
-        """Evaluates unless that was done before the run was cut short, and proves that the engine holds the policy."""
+        """Evaluates unless that was done before the run was cut short, and proves that the engine held the policy.
+
+        The engine may sleep afterwards.
+        """
         if engine is None or not problems or (name, step) in self.progress.evaluated:
             return None
         sampling = _sampling(self.config, n=1, seed=_eval_seed(self.config))
@@ -200,6 +204,7 @@ class _Run:
         _record(self.folder, name, step, result, rollouts, scores)
         r = self.config.rollout
         if r.top_p == 1 and len(problems) >= dist.world_size():
+            engine.sleep()  # a forward has no room beside its KV cache
             most = self.config.train.max_tokens_per_micro_batch
             mean, largest = sync.probability_difference(policy, rollouts, r.temperature, most, self.device)
             sync.verify(mean, largest, probs_limit(self.config), f"evaluation {name}")
@@ -255,9 +260,10 @@ class _Run:
         start = time.perf_counter()
         with RunLog(self.folder, config.output.loggers, _leaves(config), first) as run_log:
             for step in range(first, total):
-                tokens = ppo.token_budget
-                with budget.explaining(engine, config, self.device, self.folder):
-                    metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, labeller, train, pending)
+                tokens, had_moments = ppo.token_budget, bool(ppo.actor_optimizer.adamw.state)
+                metrics, rollouts, scores = rl_step(config, step, ppo, engine, scorer, labeller, train, pending)
+                if not had_moments:  # they come with the policy's first update, and are no growth
+                    engine.ledger.floors.clear()
                 if ppo.token_budget < tokens:
                     budget.remember(ppo.token_budget, self.folder)
                 metrics |= behaviours(rollouts, scores, labeller, self.monitors)
@@ -267,6 +273,8 @@ class _Run:
                 if config.output.eval_every and done % config.output.eval_every == 0 and not (last or stopped):
                     result = self._evaluate(f"step {done}", done, policy, engine, scorer, held_out)
                     metrics |= result.metrics() if result else {}
+                    if engine.asleep:
+                        sync.push(policy, engine, self.dtype)
                 if config.output.rollouts_every and done % config.output.rollouts_every == 0:
                     logs.write_rollouts(self.folder, f"step_{done}", rollouts, scores)
                 run_log.write(done, "rl", metrics)

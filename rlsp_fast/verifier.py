@@ -379,6 +379,8 @@ def verify_file(
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
     with ExitStack() as stack:
         source = sys.stdin if path == "-" else stack.enter_context(_open_rows(path))
+        if out not in (None, "-"):
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
         sink = sys.stdout if out == "-" else stack.enter_context(open(out, "w", encoding="utf-8")) if out else None
         verifier = stack.enter_context(Verifier(mode, timeout_s, workers))
         progress = stack.enter_context(Progress(*columns, console=errors))
@@ -407,7 +409,7 @@ def verify_file(
 
 def _open_rows(path: str) -> IO[str]:
     try:
-        return open(path, encoding="utf-8")
+        return open(path, encoding="utf-8", errors="surrogateescape")  # a byte that is no text spoils its row, not the file
     except OSError as error:
         raise RowError(f"{path}: {error.strerror}") from None
 
@@ -418,6 +420,8 @@ def _rows(source: IO[str], path: str) -> Iterator[tuple[dict, str, str]]:
     for number, line in enumerate(source, 1):
         if not line.strip():
             continue
+        if any("\udc80" <= character <= "\udcff" for character in line):
+            raise RowError(f"{name}, line {number}: not UTF-8")
         try:
             row = json.loads(line)
         except ValueError as error:
