@@ -8,9 +8,11 @@ import functools
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -286,7 +288,15 @@ class VLLMEngine(Engine):
             if rollout.kv_cache_gib:
                 options["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
         num_threads = torch.get_num_threads()
-        self.llm = vllm.LLM(
+        with _stdout_with_a_descriptor():
+            self.llm = self._load(vllm, config, path, options)
+        torch.set_num_threads(num_threads)  # vLLM's CPU worker sets its own
+        self._tp_group, self._tp_ranks = _tensor_parallel_group(rollout.tensor_parallel_size)
+        self._requests = 0
+
+    def _load(self, vllm: Any, config: Config, path: str, options: dict[str, Any]) -> Any:
+        rollout = config.rollout
+        return vllm.LLM(
             model=path,
             tokenizer=path,
             dtype=config.model.dtype,
@@ -303,9 +313,6 @@ class VLLMEngine(Engine):
             use_tqdm_on_load=False,
             **options,
         )
-        torch.set_num_threads(num_threads)  # vLLM's CPU worker sets its own
-        self._tp_group, self._tp_ranks = _tensor_parallel_group(rollout.tensor_parallel_size)
-        self._requests = 0
 
     def generate_until(
         self,
@@ -429,6 +436,18 @@ class VLLMEngine(Engine):
 def _request_id(name: str) -> str:
     """The name we gave a request; vLLM adds one of its own."""
     return name.split("-")[0]
+
+
+@contextmanager
+def _stdout_with_a_descriptor() -> Iterator[None]:
+    """vLLM before 0.31 asks sys.stdout for its file descriptor while it loads; a notebook's has none."""
+    try:
+        sys.stdout.fileno()
+    except (AttributeError, OSError):
+        with redirect_stdout(sys.__stdout__):
+            yield
+    else:
+        yield
 
 
 def _keep_cpu_weights() -> None:
