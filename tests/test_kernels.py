@@ -1024,7 +1024,7 @@ META = torch.zeros(3, device="meta")
         (lambda: linear_logprob_entropy(X, X, I3, logit_scale=0.0), "logit_scale must be > 0, got 0.0"),
         (lambda: value_loss(Z3, Z3, Z3.double(), Z3), "return_T must be torch.float32 as value_T is, got torch.float64"),
         (lambda: value_loss(Z3.half(), Z3.half(), Z3.half(), Z3.half()), "float32 or float64, got torch.float16"),
-        (lambda: kl_penalty(Z3, META), "logprob_T is on cpu, ref_logprob_T on meta"),
+        (lambda: kl_penalty(Z3, META), "ref_logprob_T is on meta, the others on cpu"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(call, message):

@@ -418,6 +418,8 @@ def _setup_ppo(ctx, inputs, output):
 
 
 def _backward_ppo(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 30
     gradients = []
     for wanted, gradient in zip(ctx.needs_input_grad[:3], ctx.saved_tensors, strict=True):
         if wanted and gradient.ndim == 1:

@@ -588,6 +588,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
+    if dloss is None:  # nothing came back: not materialized
+        return (None,) * 19
     (dlogits_TV,) = ctx.saved_tensors
     return scaled(dlogits_TV, dloss, ctx.backend), *[None] * 18
 
@@ -609,6 +611,8 @@ class _PPOLossInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
+        if dloss is None:
+            return (None,) * 18
         (dlogits_TV,) = ctx.saved_tensors
         dlogits_TV = dlogits_TV.detach()
         scale_(dlogits_TV, dloss, ctx.backend)

@@ -121,6 +121,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 6
     (dvalue_T,) = ctx.saved_tensors
     return dloss * dvalue_T, None, None, None, None, None
 
