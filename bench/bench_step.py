@@ -120,8 +120,7 @@ def run(command: list[str], overrides: list[str]) -> None:
 
 def gpu() -> str | None:
     """The data sheet of this machine's GPU; None where there is none."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((known for known in plan.GPUS if known.split("-")[0] in name), None)
+    return plan.named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def mfu(job: plan.Job, found: dict[str, float]) -> float:

@@ -32,15 +32,17 @@ def settle(config: Config, device: torch.device) -> Config:
     if not on_gpu:
         settled, why = plan.settle_without_gpu(config), "no GPU to plan for"
     else:
-        job = _job(config, device)
-        settled, why = job.config, f"rlsp plan for {dist.world_size()} x {job.gpu.name} of {job.memory / plan.GIB:.1f} GiB"
-        if job.gpu.name.partition("-")[0] not in torch.cuda.get_device_name(device):
-            log.info("rlsp plan does not know %s: its seconds are %s's", torch.cuda.get_device_name(device), job.gpu.name)
+        gpu, memory = _gpu(device)
+        least = -int(dist.max_over_ranks([-memory])[0])
+        job = _job(config, gpu, least)
+        settled, why = job.config, f"rlsp plan for {dist.world_size()} x {job.gpu.name} of {least / plan.GIB:.1f} GiB"
+        if plan.named(gpu) is None:
+            log.info("rlsp plan does not know %s: its seconds are %s's", gpu, job.gpu.name)
         if not plan.fits(job):
             highest = plan.peak(job)
             log.warning(
                 "the plan expects %.1f GiB in %s, of %.1f: %s",
-                highest.total / plan.GIB, highest.name, job.budget / plan.GIB, advice(config, device),
+                highest.total / plan.GIB, highest.name, job.budget / plan.GIB, _advice(job),
             )  # fmt: skip
     if asked:
         log.info("%s (%s)", ", ".join(f"{name} = {_said(_value(settled, name))}" for name in asked), why)
@@ -58,23 +60,33 @@ def _said(value: object) -> str:
     return "vLLM's own" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _job(config: Config, device: torch.device) -> plan.Job:
-    """This machine's, with the memory of its smallest GPU."""
-    num_nodes = max(1, dist.world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size())))
+def _gpu(device: torch.device) -> tuple[str, int]:
+    """Name and bytes."""
     properties = torch.cuda.get_device_properties(device)
-    known = next((gpu for gpu in plan.GPUS if gpu.partition("-")[0] in properties.name), "H100")
-    memory = -int(dist.max_over_ranks([-properties.total_memory])[0])
-    num_gpus = dist.world_size() // num_nodes
+    return properties.name, properties.total_memory
+
+
+def _job(config: Config, gpu: str, memory: int) -> plan.Job:
+    """This run's, on GPUs of so many bytes."""
+    num_nodes = max(1, dist.world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size())))
     return plan.make_job(
-        config, shapes.read(config.model.path), gpu=known, num_gpus=num_gpus, num_nodes=num_nodes, memory=memory
+        config,
+        shapes.read(config.model.path),
+        gpu=plan.named(gpu) or "H100",
+        num_gpus=dist.world_size() // num_nodes,
+        num_nodes=num_nodes,
+        memory=memory,
     )
 
 
 def advice(config: Config, device: torch.device) -> str:
-    """What makes room, as far as the plan can tell."""
+    """What makes room, as far as the plan can tell. Asks no other rank: one alone may have run out."""
     if device.type != "cuda":
         return "lower train.max_tokens_per_micro_batch or rollout.kv_cache_gib"
-    job = _job(config, device)
+    return _advice(_job(config, *_gpu(device)))
+
+
+def _advice(job: plan.Job) -> str:
     if plan.fits(job):
         return (
             "the plan expected it to fit: lower rollout.kv_cache_gib or train.max_tokens_per_micro_batch, and look at what "
@@ -120,7 +132,7 @@ def explaining(engine: Colocated | None, config: Config, device: torch.device, f
         if not ran_out(error):
             raise
         entries = engine.ledger.entries if engine is not None else []
-        where = f"after {entries[-1].edge}" if entries else "before anything was generated"
+        where = f"after {entries[-1].edge}" if entries else "outside of a step"
         said = str(error).splitlines()[0][:300].removeprefix("out of memory: ")
         way = f"{advice(config, device)}. The same command continues from the last checkpoint"
         if isinstance(error, MicroBatchMemoryError):

@@ -7,7 +7,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterable
 from datetime import timedelta
@@ -171,10 +170,11 @@ class _HangWatch:
         while not self.stopped.wait(self.interval_s):
             count, phase, since = self.at
             waited, beat = time.monotonic() - since, beat + 1
-            place = traceback.extract_stack(sys._current_frames()[self.main])[-1]
+            frame = sys._current_frames()[self.main]
+            code = frame.f_code
             mine = {"count": count, "phase": phase, "waited": waited, "beat": beat}
-            mine["where"] = f"{Path(place.filename).name}:{place.lineno} {place.name}"
-            mine["waits"] = any(part in place.filename for part in _WAITING)
+            mine["where"] = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
+            mine["waits"] = any(part in code.co_filename for part in _WAITING)
             self.store.set(f"rlsp_fast/{rank()}", json.dumps(mine))
             if waited <= self.limit_s:
                 looks.clear()

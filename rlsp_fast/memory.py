@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import nvtx
@@ -85,7 +84,7 @@ class Ledger:
         self.entries.append(measure(edge))
         return self.entries[-1]
 
-    def close_step(self, others: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
+    def close_step(self, others: Mapping[str, float] | None = None) -> dict[str, float]:
         """Metrics of the step, GiB, the largest over ranks; starts the next one.
 
         Args:
@@ -99,7 +98,7 @@ class Ledger:
         floor = min(entry.used for entry in entries)
         kinds = _KINDS if torch.cuda.is_available() else ("used",)  # not by what is 0 here: all ranks must name the same
         names = [(f"memory/{e.edge}/{kind}_gib", getattr(e, kind)) for e in entries for kind in kinds]
-        names += others.items()
+        names += (others or {}).items()
         most = dist.max_over_ranks([floor, *(number for _, number in names)])
         self.floors = [*self.floors, int(most[0])][-GROWTH_STEPS - 1 :]
         metrics = {name: number / 2**30 for (name, _), number in zip(names, most[1:], strict=True)}

@@ -54,6 +54,11 @@ GPUS = {
 }
 
 
+def named(device: str) -> str | None:
+    """The row of GPUS that a device's own name means: "NVIDIA H100 80GB HBM3" is H100; None for a GPU without a row."""
+    return next((name for name in GPUS if name.partition("-")[0] in device), None)
+
+
 def _say(value: float, sentence: str) -> Any:
     return field(default=value, metadata={"sentence": sentence})
 

@@ -19,8 +19,9 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Literal, Self
 
@@ -378,7 +379,7 @@ def verify_file(
     errors = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
     with ExitStack() as stack:
-        source = sys.stdin if path == "-" else stack.enter_context(_open_rows(path))
+        source = stack.enter_context(_open_rows(path))
         if out not in (None, "-"):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
         sink = sys.stdout if out == "-" else stack.enter_context(open(out, "w", encoding="utf-8")) if out else None
@@ -407,9 +408,14 @@ def verify_file(
     return dict(counts)
 
 
-def _open_rows(path: str) -> IO[str]:
+def _open_rows(path: str) -> AbstractContextManager[IO[str]]:
+    """The file, or standard input for `-`. A byte that is no UTF-8 becomes a lone surrogate, so that its row can be named."""
+    if path == "-":
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        return nullcontext(sys.stdin)
     try:
-        return open(path, encoding="utf-8", errors="surrogateescape")  # a byte that is no text spoils its row, not the file
+        return open(path, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise RowError(f"{path}: {error.strerror}") from None
 
@@ -420,10 +426,11 @@ def _rows(source: IO[str], path: str) -> Iterator[tuple[dict, str, str]]:
     for number, line in enumerate(source, 1):
         if not line.strip():
             continue
-        if any("\udc80" <= character <= "\udcff" for character in line):
-            raise RowError(f"{name}, line {number}: not UTF-8")
         try:
+            line.encode()
             row = json.loads(line)
+        except UnicodeEncodeError:
+            raise RowError(f"{name}, line {number}: not UTF-8") from None
         except ValueError as error:
             raise RowError(f"{name}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("response"), str):

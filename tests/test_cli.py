@@ -318,6 +318,12 @@ def test_a_mistake_gets_one_message_that_names_it(home, tmp_path, override, part
     refused(done, *parts)
 
 
+@pytest.mark.parametrize("option", ["--workers", "--timeout"])
+def test_a_limit_of_the_verifier_that_is_none_is_refused(tmp_path, option):
+    done = rlsp("verify", "in.jsonl", option, "0", cwd=tmp_path)
+    assert done.returncode == 2 and f"argument {option}: want more than 0, got 0" in done.stderr
+
+
 def test_an_unknown_recipe_is_named_with_the_nearest(tmp_path):
     refused(rlsp("run", "demmo", cwd=tmp_path), "demmo", "demo")
 

@@ -218,6 +218,12 @@ def test_a_recipes_model_and_sources_are_looked_for(tmp_path):
     assert ("model.path", "warn") in levels(*good, "model.path=some/model", HF_HOME=str(tmp_path))
     assert ("model.path", "fail") in levels(*good, "model.path=some/model", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert ("reward.function", "fail") in levels(*good, "reward.function=mine.py:compute_score")
+    judge = tmp_path / "judge.toml"
+    judge.write_text('url = "http://127.0.0.1:1"\nmodel = "m"\n')
+    assert ("reward.judge", "ok") in levels(*good, f"reward.judge={judge}")
+    judge.write_text('url = "http://127.0.0.1:1"\nmodle = "m"\n')
+    assert ("reward.judge", "fail") in levels(*good, f"reward.judge={judge}")
+    assert ("train.monitors", "fail") in levels(*good, f"train.monitors={tmp_path / 'none.toml'}")
     (Path(here) / "model.safetensors").unlink()
     assert ("model.path", "fail") in levels(*good)
 

@@ -153,6 +153,31 @@ def test_a_run_uses_the_right_order_at_every_step(config, tiny, device, room, tm
         assert 0 < row["memory/floor_gib"] <= min(row[f"memory/{edge}/used_gib"] for edge in edges)
 
 
+def test_an_evaluation_compares_probabilities_while_the_engine_sleeps_and_wakes_it_again(config, room, tmp_path, monkeypatch):
+    made = []
+
+    def make_engine(*args):
+        made.append(PoisonEngine(*args, room=room, kv_bytes=KV))
+        return made[0]
+
+    asleep, compare = [], sync.probability_difference
+    monkeypatch.setattr(train, "make_engine", make_engine)
+    monkeypatch.setattr(
+        sync, "probability_difference", lambda *args: asleep.append(not made[0].weights_awake) or compare(*args)
+    )
+    tree = config.model_dump(mode="json")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"problem": "2 + 2 =", "answer": "4"}\n')
+    tree["data"] |= {"validation": [str(held_out)], "overlap": "allow"}
+    tree["output"] |= {"dir": str(tmp_path / "run"), "eval_every": 1}
+    tree["train"] |= {"steps": 2}
+    train.run(configs.check(tree), with_sft=False, with_rl=True)
+    push = ["sleep", "wake weights", "load_weights", "wake kv_cache", "reset_prefix_cache"]
+    step = ["generate", *push]
+    assert made[0].verbs == [*step, *step, *step, *step, "generate", "sleep"]  # evaluated, step, evaluated, step, evaluated
+    assert asleep == [True] * 3
+
+
 def test_generate_while_the_engine_sleeps_is_refused(engine):
     colocated = Colocated(lambda: engine)
     colocated.sleep()
@@ -361,6 +386,23 @@ def test_on_a_cpu_auto_is_the_engines_cache_and_nothing_is_offloaded_and_it_is_s
     said = "rollout.kv_cache_gib = vLLM's own, train.max_tokens_per_micro_batch = 16,384"
     assert [r.message for r in caplog.records] == [f"{said} (no GPU to plan for)"]
     assert budget.settle(settled, device) == settled
+
+
+def test_on_a_gpu_auto_and_the_advice_follow_the_plan(config, caplog, monkeypatch):
+    """The plan's side of it: the GPU is a name and a number of bytes."""
+    tree = config.model_dump(mode="json")
+    tree["rollout"]["kv_cache_gib"] = tree["train"]["max_tokens_per_micro_batch"] = "auto"
+    asked, gpu = configs.check(tree), torch.device("cuda")
+    monkeypatch.setattr(budget, "_gpu", lambda device: ("NVIDIA L40S", 80 * 2**30))
+    with caplog.at_level(logging.INFO):
+        settled = budget.settle(asked, gpu)
+    assert settled.rollout.kv_cache_gib > 0 and settled.train.max_tokens_per_micro_batch >= 40 and settled.train.offload == ()
+    assert any("rlsp plan does not know NVIDIA L40S: its seconds are H100's" in r.message for r in caplog.records)
+    assert "the plan expected it to fit" in budget.advice(settled, gpu)
+    monkeypatch.setattr(budget, "_gpu", lambda device: ("NVIDIA H100 80GB HBM3", 4 * 2**30))
+    budget.settle(asked, gpu)
+    assert "GiB in" in caplog.records[-1].message and caplog.records[-1].levelname == "WARNING"
+    assert "plan" in budget.advice(settled, gpu)
 
 
 def test_an_allocation_that_no_machine_has_room_for_is_recognised_and_other_errors_are_not():

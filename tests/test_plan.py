@@ -225,6 +225,19 @@ def test_without_critic_or_reference_their_bytes_are_gone():
     assert not any("critic" in part or part == "reference" for phase in plan.phases(lean) for part in phase.parts)
 
 
+def test_over_sampling_gives_an_engine_more_to_decode():
+    more = job("llama-3.1-8b-math-paper", "rollout.oversample=1.5")
+    assert more.samples_per_engine == 1.5 * job().samples_per_engine and more.num_samples == job().num_samples
+
+
+@pytest.mark.parametrize(
+    "device, known",
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100-80"), ("NVIDIA L40S", None)],
+)
+def test_a_gpu_is_known_by_its_own_name(device, known):
+    assert plan.named(device) == known
+
+
 def test_engine_weights_and_kv_cache_by_hand():
     one, four = job(), job("llama-3.1-8b-math-paper", "rollout.tensor_parallel_size=4")
     assert plan.engine_weights(one) == 2 * 8_030_261_248

@@ -558,6 +558,22 @@ def test_rows_go_through_standard_streams(monkeypatch, capsys):
     assert "correct 1" in captured.err
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["standard input", "file"])
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path, monkeypatch, stream):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"gold": "1", "response": "1"}\n{"gold": "1", "response": "\xff"}\n')
+    if stream:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(path.open("rb"), encoding="utf-8"))
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        verify_file("-" if stream else str(path), str(tmp_path / "out.jsonl"))
+
+
+def test_the_folder_of_the_graded_rows_is_made(tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [{"gold": "1", "response": "\\boxed{1}"}])
+    verify_file(str(path), str(tmp_path / "new" / "folder" / "out.jsonl"))
+    assert json.loads((tmp_path / "new" / "folder" / "out.jsonl").read_text())["verdict"] == "correct"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
