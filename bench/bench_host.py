@@ -14,6 +14,7 @@ import argparse
 import cProfile
 import csv
 import ctypes
+import gc
 import os
 import pstats
 import random
@@ -188,9 +189,12 @@ def count_here(library: str) -> None:
     with made() as found:
         for name, call in found.items():
             call()
+            gc.collect()
+            gc.disable()  # a collection walks the whole heap, and when it comes hangs on what was imported
             switch.begin()
             call()
             switch.end(name.encode())
+            gc.enable()
 
 
 if __name__ == "__main__":

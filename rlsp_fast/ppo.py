@@ -67,12 +67,12 @@ class MicroBatch:
     reward_S: Tensor
     """(S,) f32."""
     rollout_logprob_T: Tensor
-    carried_T: Tensor
-    """(T,) bool: True where the token was sampled in an earlier step, from older weights."""
     weight_T: Tensor
     """Share of each token in its mini-batch's policy loss; 0 outside responses."""
     critic_weight_T: Tensor
     """The same for the value loss: 1 / tokens of the mini-batch, times the sample's weight, whatever the policy's mean."""
+    carried_T: Tensor | None = None
+    """(T,) bool: True where the token was sampled in an earlier step, from older weights. None: no token was."""
     old_logprob_T: Tensor | None = None
     ref_logprob_T: Tensor | None = None
     value_T: Tensor | None = None
@@ -164,13 +164,16 @@ class PPO:
     def _micro(self, samples: Sequence[Sample], num_tokens: int, num_sequences: int, *, idle: bool) -> MicroBatch:
         batch = pack([(s.prompt_ids, s.response_ids) for s in samples])
         rollout_logprob: list[float] = []
-        carried: list[bool] = []
+        num_carried = 0
         for s in samples:
             rollout_logprob += s.rollout_logprob
-            carried += [True] * s.num_carried + [False] * (len(s.response_ids) - s.num_carried)
-        rollout_logprob_T, carried_T = torch.zeros(batch.num_tokens), torch.zeros(batch.num_tokens, dtype=torch.bool)
+            num_carried += s.num_carried
+        rollout_logprob_T, carried_T = torch.zeros(batch.num_tokens), None
         rollout_logprob_T[batch.rows_N] = flat(rollout_logprob, torch.float32)
-        carried_T[batch.rows_N] = flat(carried, torch.bool)
+        if num_carried:
+            carried_T = torch.zeros(batch.num_tokens, dtype=torch.bool)
+            carried = [i < s.num_carried for s in samples for i in range(len(s.response_ids))]
+            carried_T[batch.rows_N] = flat(carried, torch.bool)
         # Denominators count a sample in full: what has weight 1 counts as it would if all had, and a mini-batch in which
         # all weigh less moves the policy less. As the weights of prioritized replay (arXiv 1511.05952), at most 1.
         weight_S = [s.weight * self._per_token(len(s.response_ids), num_tokens, num_sequences) for s in samples]
@@ -184,7 +187,7 @@ class PPO:
             group=tuple(s.group for s in samples),
             reward_S=torch.tensor([s.reward for s in samples], dtype=torch.float32),
             rollout_logprob_T=rollout_logprob_T,
-            carried_T=carried_T & batch.mask_T,
+            carried_T=carried_T,
             weight_T=_along(weight_S, batch) * batch.mask_T * world,
             critic_weight_T=_along(critic_weight_S, batch) * batch.mask_T * world,
         )
@@ -304,28 +307,32 @@ class PPO:
         """
         mask = torch.cat([m.batch.mask_T for m in micros]).cpu()
 
-        def flat(name: str) -> Tensor:
+        def of_responses(name: str) -> Tensor:
             return torch.cat([getattr(m, name) for m in micros]).double().cpu()[mask]
 
-        old, rollout = flat("old_logprob_T"), flat("rollout_logprob_T")
-        advantage, target = flat("advantage_T"), flat("return_T")
-        carried = torch.cat([m.carried_T for m in micros]).cpu()[mask]
-        diff = (old.exp() - rollout.exp()).abs()[~carried]
-        mismatch_kl = kl_penalty(rollout, old, "k3")
+        old, rollout = of_responses("old_logprob_T"), of_responses("rollout_logprob_T")
+        advantage, target = of_responses("advantage_T"), of_responses("return_T")
+        diff, mismatch_kl = (old.exp() - rollout.exp()).abs(), kl_penalty(rollout, old, "k3")
+        num_carried = carried_kl = 0.0
+        if [m for m in micros if m.carried_T is not None]:  # its tensors stay on the host, where they were made
+            none = [torch.zeros(m.batch.num_tokens, dtype=torch.bool) for m in micros]
+            carried = torch.cat([z if m.carried_T is None else m.carried_T for m, z in zip(micros, none, strict=True)])[mask]
+            num_carried, carried_kl = float(carried.sum()), mismatch_kl[carried].sum().item()
+            diff, mismatch_kl = diff[~carried], mismatch_kl[~carried]
         sums = {
             "n": float(len(old)),
-            "fresh": float(len(diff)),
+            "carried": num_carried,
             "diff": diff.sum().item(),
-            "mismatch_kl": mismatch_kl[~carried].sum().item(),
-            "carried_kl": mismatch_kl[carried].sum().item(),
+            "mismatch_kl": mismatch_kl.sum().item(),
+            "carried_kl": carried_kl,
             "advantage": advantage.sum().item(),
             "return": target.sum().item(),
             "return_sq": target.square().sum().item(),
         }
         if self.ref is not None:
-            sums["ref_kl"] = (old - flat("ref_logprob_T")).sum().item()
+            sums["ref_kl"] = (old - of_responses("ref_logprob_T")).sum().item()
         if self.critic is not None:
-            value = flat("value_T")
+            value = of_responses("value_T")
             residual = target - value
             sums |= {"value": value.sum().item(), "residual": residual.sum().item()}
             sums["residual_sq"] = residual.square().sum().item()
@@ -333,7 +340,7 @@ class PPO:
         n = total["n"]
         (max_diff,) = dist.max_over_ranks([diff.max().item() if len(diff) else 0.0])
         metrics = {"critic/advantages/mean": total["advantage"] / n, "critic/returns/mean": total["return"] / n}
-        fresh = total["fresh"]
+        fresh = n - total["carried"]
         if fresh:
             metrics["training/rollout_probs_diff_mean"] = total["diff"] / fresh
             metrics["training/rollout_probs_diff_max"] = max_diff

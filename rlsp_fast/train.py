@@ -530,18 +530,19 @@ def _gather_samples(
     """The samples of all ranks in slot order, the same on every rank; of the slots that have a weight."""
     mine = [
         Sample(
-            group=slots[i // n],
+            group=slot,
             prompt_ids=rollout.problem.prompt_ids,
             response_ids=rollout.response_ids,
             rollout_logprob=rollout.rollout_logprob,
             num_carried=rollout.num_carried,
             reward=score.reward,
-            weight=weights[slots[i // n]],
+            weight=weight,
         )
-        for i, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
-        if slots[i // n] in weights
+        for i, slot in enumerate(slots)
+        if (weight := weights.get(slot)) is not None
+        for rollout, score in zip(rollouts[i * n : (i + 1) * n], scores[i * n : (i + 1) * n], strict=True)
     ]
-    return sorted((s for part in dist.gather_objects(mine) for s in part), key=lambda s: s.group)
+    return sorted([s for part in dist.gather_objects(mine) for s in part], key=lambda s: s.group)
 
 
 def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], config: Config) -> dict[str, float]:
