@@ -39,6 +39,8 @@ class ModelConfig(_Section):
     """What forward, backward and the rollout engine compute in. Master weights and Adam moments are always float32."""
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
     """Attention over packed sequences: flash-attn, torch.nn.attention.varlen, or SDPA. auto takes the first that works."""
+    layer_kernels: Literal["auto", "liger", "torch"] = "auto"
+    """RMSNorm, rotary positions and gated MLP: Liger's or Hugging Face's. auto: Liger's on a GPU where it is installed."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward: about 1.3x the time, activations of one layer instead of all."""
 

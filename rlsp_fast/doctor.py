@@ -66,6 +66,7 @@ LEAST = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 16), "vllm": (0
 OPTIONAL = {
     "vllm": "rollouts run in transformers, many times slower",
     "flash-attn": "attention runs in torch's own varlen_attn",
+    "liger-kernel": "RMSNorm, rotary positions and gated MLP are Hugging Face's own",
 }
 BAD_VLLM = {
     (0, 10): "its sleep mode ends in std::bad_alloc",
@@ -177,17 +178,21 @@ if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(i)
         row = {"name": properties.name, "capability": [properties.major, properties.minor], "free": free, "total": total}
         found["gpus"].append(row)
-choice, dtype = sys.argv[1:]
+attention, dtype, layers = sys.argv[1:]
 import rlsp_kernels
 from rlsp_kernels.backend import runs_triton
 from rlsp_kernels.packed_gae import backend_report
 found["libraries"] = {name: list(library) for name, library in backend_report().items()}
 found["triton"] = runs_triton("auto", torch.empty(0, device=device))
 from rlsp_fast import model
-try:
-    found["attention"] = list(model.attention_backend(choice, device, model.DTYPES[dtype]))
-except model.ModelError as error:
-    found["attention_error"] = str(error)
+for name, choose in {
+    "attention": lambda: model.attention_backend(attention, device, model.DTYPES[dtype]),
+    "layer kernels": lambda: model.layer_kernels(layers, device, None),
+}.items():
+    try:
+        found[name] = list(choose())
+    except model.ModelError as error:
+        found[name + "_error"] = str(error)
 print("\\n" + json.dumps(found))
 """
 _VLLM_PROBE = """
@@ -203,7 +208,8 @@ print("\\n" + json.dumps(found))
 
 
 def _start_probes(config: Config | None, environment: Mapping[str, str]) -> list[subprocess.Popen]:
-    choice = (config.model.attention, config.model.dtype) if config else ("auto", "bfloat16")
+    model = config.model if config else None
+    choice = (model.attention, model.dtype, model.layer_kernels) if model else ("auto", "bfloat16", "auto")
     paths = [str(Path(__file__).parent.parent), *(path for path in sys.path if path)]
     env = {**environment, "PYTHONPATH": os.pathsep.join(paths)}
     env = {name: value for name, value in env.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -251,6 +257,10 @@ def runs_findings(
             yield Finding("warn" if slow else "ok", "attention", f"{choice} ({why})", fix)
         else:
             yield Finding("fail", "attention", torch_found["attention_error"])
+        if "layer kernels" in torch_found:
+            yield Finding("ok", "layer kernels", "{} ({})".format(*torch_found["layer kernels"]))
+        else:
+            yield Finding("fail", "layer kernels", torch_found["layer kernels_error"])
     yield _engine_finding(vllm_found, config, on_gpu=bool(torch_found.get("gpus")), version=versions.get("vllm"))
 
 

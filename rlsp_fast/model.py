@@ -173,6 +173,46 @@ def attention_backend(choice: str, device: torch.device, dtype: torch.dtype) -> 
     return name, "; ".join(why for why in missing.values() if why) or "fastest installed"
 
 
+# --- the rest of a layer ----------------------------------------------------------------------
+
+FUSED = ("rope", "rms_norm", "swiglu", "geglu")
+
+
+def layer_kernels(choice: str, device: torch.device, model_type: str | None) -> tuple[str, str]:
+    """(liger or torch, why): who computes RMSNorm, rotary positions and the gated MLP. Liger asked for by name that cannot
+    raises; auto takes it where it can.
+
+    Args:
+        model_type: Hugging Face's; None: not known yet.
+    """
+    missing = None
+    if device.type != "cuda":
+        missing = "Liger's kernels need a CUDA GPU"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        missing = "liger-kernel is not installed"
+    elif model_type is not None and model_type not in _ligers():
+        missing = f"liger-kernel has none for {model_type}"
+    if choice == "torch":
+        return choice, "asked for"
+    if choice == "liger" and missing:
+        raise ModelError(f"model.layer_kernels = liger: {missing}; use torch or auto")
+    return ("torch", missing) if missing else ("liger", "asked for" if choice == "liger" else "fastest installed")
+
+
+def fuse(lm: PreTrainedModel) -> None:
+    """Liger's RMSNorm, rotary positions and gated MLP in this model. The rotary function is replaced for every model of this
+    type in the process: Liger knows no other way."""
+    patch = _ligers()[lm.config.model_type]
+    names = inspect.signature(patch).parameters.keys() - {"model"}
+    patch(model=lm, **{name: name in FUSED for name in names})  # its losses stay out: ours are fused
+
+
+def _ligers() -> dict[str, Callable[..., None]]:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
 # --- loading ----------------------------------------------------------------------------------
 
 
@@ -310,6 +350,10 @@ def build(
     reason = _unsupported(lm, backend)
     if reason:
         raise ModelError(f"model.path = {path!r}: {reason}")
+    kernels, why = layer_kernels(config.layer_kernels, device, lm.config.model_type)
+    log.info("RMSNorm, rotary positions and gated MLP: %s (%s)", kernels, why)
+    if kernels == "liger":
+        fuse(lm)
     module = kind(lm, backend)
     if config.activation_checkpointing:
         module.lm.gradient_checkpointing_enable({"use_reentrant": False})

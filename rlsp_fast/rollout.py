@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+import secrets
 import sys
 import warnings
 import zlib
@@ -20,6 +21,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from rlsp_fast import dist
 from rlsp_fast.config import Config
@@ -278,6 +280,7 @@ class VLLMEngine(Engine):
 
         if not self.on_gpu:
             _keep_cpu_weights()
+            _name_shared_memory(dist.gather_objects(secrets.token_hex(8))[0])
         self.version = vllm.__version__
         self.tokenizer = tokenizer
         self.level = rollout.sleep_level
@@ -459,6 +462,21 @@ def _keep_cpu_weights() -> None:
         utils.dispatch_cpu_unquantized_gemm = functools.partial(_pack_and_keep, pack)
 
 
+def _name_shared_memory(job: str) -> None:
+    """vLLM's CPU ranks meet in shared memory named after the address that they were given. external_launcher gives none: two
+    jobs on a machine would take one name, and the second would end with `create shm in SHMManager failed. errno: 17`."""
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    shared = cpu_communicator._CPUSHMDistributed
+    name = shared.make_group_name
+    if not isinstance(name, functools.partial):
+        shared.make_group_name = staticmethod(functools.partial(_named, job, name))
+
+
+def _named(job: str, name: Callable[..., str], communicator: Any) -> str:
+    return f"{name(communicator)}-{job}"  # vLLM's begins with slashes, which nothing may stand before
+
+
 def _pack_and_keep(pack: Callable[..., None], layer: torch.nn.Module, remove_weight: bool = False) -> None:
     pack(layer, remove_weight=False)
 
@@ -475,6 +493,33 @@ def _tensor_parallel_group(size: int) -> tuple[Any, list[int]]:
 
 
 # --- transformers -----------------------------------------------------------------------------
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for tokens to come: DynamicLayer copies all of them at every token."""
+
+    ROOM = 128
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(B, H, k, D) each; returns all there are, (B, H, L + k, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room: tuple[Tensor, Tensor] | None = None
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if self.room is None or self.room[0].shape[-2] < after:
+            roomy = [x.new_empty(*x.shape[:2], after + self.ROOM, x.shape[-1]) for x in (key_states, value_states)]
+            if before:
+                roomy[0][..., :before, :], roomy[1][..., :before, :] = self.keys, self.values
+            self.room = roomy[0], roomy[1]
+        keys, values = self.room
+        keys[..., before:after, :], values[..., before:after, :] = key_states, value_states
+        self.keys, self.values = keys[..., :after, :], values[..., :after, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 class TransformersEngine(Engine):
@@ -509,25 +554,32 @@ class TransformersEngine(Engine):
         return harvest.result()
 
     def _generate_batch(self, work: list[tuple[int, Rollout]], sampling: Sampling, harvest: Harvest) -> None:
-        """Decodes one left-padded batch, dropping finished rows from the cache when half of them are done."""
-        prompts = [[*begun.problem.prompt_ids, *begun.response_ids] for _, begun in work]
+        """Decodes one left-padded batch. The samples of a problem share its prompt's forward; finished rows are dropped when
+        computing them in vain has cost about as much as dropping them will: one step."""
+        texts = [(*begun.problem.prompt_ids, *begun.response_ids) for _, begun in work]
+        prompts = list(dict.fromkeys(texts))
         longest = max(map(len, prompts))
         pad = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[0] * p + prompt for p, prompt in zip(pad, prompts, strict=True)], device=self.device)
+        ids = torch.tensor([[0] * p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)], device=self.device)
         attend = torch.tensor([[0] * p + [1] * (longest - p) for p in pad], device=self.device)
         position = (attend.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        logits_BV = self._forward(ids, attend, position, cache)
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        sample = torch.tensor([place[text] for text in texts], device=self.device)
+        cache.batch_select_indices(sample)
+        logits_BV, attend, position = logits_BV[sample], attend[sample], position[sample]
+
         seeds = [_seed(sampling.seed, slot, begun.sample) for slot, begun in work]
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         tokens = [list(begun.response_ids) for _, begun in work]
         logprobs = [list(begun.rollout_logprob) for _, begun in work]
         rows = list(range(len(work)))  # which work item each row of the batch is
-        cache = DynamicCache(config=self.model.config)
         finished: set[int] = set()
-        while len(finished) < len(work) and not harvest.full:
-            out = self.model(
-                input_ids=ids, attention_mask=attend, position_ids=position, past_key_values=cache, logits_to_keep=1
-            )
-            token_B, logprob_B = _sample(out.logits[:, -1].float(), sampling, [generators[r] for r in rows])
+        in_vain = 0.0  # steps' worth of finished rows
+        while True:
+            token_B, logprob_B = _sample(logits_BV.float(), sampling, [generators[r] for r in rows])
             for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
                 if row in finished:
                     continue
@@ -539,17 +591,26 @@ class TransformersEngine(Engine):
                     finished.add(row)
                     finish = "stop" if stopped else "length"
                     harvest.put(slot, _grown(begun, tokens[row], logprobs[row], finish, self.tokenizer.decode))
+            alive = [i for i, row in enumerate(rows) if row not in finished]
+            if not alive or harvest.full:
+                break
             ids, position = token_B[:, None], position[:, -1:] + 1
             attend = torch.cat([attend, attend.new_ones(len(rows), 1)], 1)
-            alive = [i for i, row in enumerate(rows) if row not in finished]
-            if alive and len(alive) <= len(rows) // 2:
+            in_vain += 1 - len(alive) / len(rows)
+            if in_vain >= 1:
                 keep = torch.tensor(alive, device=self.device)
                 cache.batch_select_indices(keep)
                 ids, position, attend = ids[keep], position[keep], attend[keep]
-                rows = [rows[i] for i in alive]
+                rows, in_vain = [rows[i] for i in alive], 0.0
+            logits_BV = self._forward(ids, attend, position, cache)
         for row in set(range(len(work))) - finished:
             slot, begun = work[row]
             harvest.put(slot, _grown(begun, tokens[row], logprobs[row], "unfinished", self.tokenizer.decode))
+
+    def _forward(self, ids: Tensor, attend: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits of each row's last position, (B, V)."""
+        out = self.model(input_ids=ids, attention_mask=attend, position_ids=position, past_key_values=cache, logits_to_keep=1)
+        return out.logits[:, -1]
 
     def _hit_stop(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
         return bool(stop) and any(s in self.tokenizer.decode(tokens[-_STOP_TOKENS:]) for s in stop)
@@ -593,6 +654,7 @@ def _sample(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Genera
         sorted_BV, order_BV = log_p_BV.sort(-1, descending=True)
         above_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp() >= sampling.top_p  # mass before this token is enough
         log_p_BV = log_p_BV.masked_fill(above_BV.scatter(-1, order_BV, above_BV), -torch.inf).log_softmax(-1)
-    noise_BV = torch.stack([torch.empty_like(log_p_BV[0]).exponential_(generator=g) for g in generators])
-    token_B = (log_p_BV - noise_BV.log()).argmax(-1)  # Gumbel: argmax(log p - log Exp(1)) is a sample of p
+    cdf_BV = log_p_BV.exp().cumsum(-1, dtype=torch.float64)
+    uniform_B1 = torch.stack([torch.rand(1, generator=g, dtype=torch.float64, device=g.device) for g in generators])
+    token_B = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)[:, 0]  # never one of probability 0
     return token_B, log_p_BV.gather(-1, token_B[:, None])[:, 0]

@@ -1,8 +1,11 @@
 """The packed model against the ordinary padded Hugging Face model, and what it refuses."""
 
+import importlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -53,6 +56,68 @@ def padded_logprobs(path, pairs, grad=False):
         logits = lm(input_ids=ids, attention_mask=attend).logits
         logprob = F.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return torch.cat([logprob[b, : len(p) + len(r) - 1] for b, (p, r) in enumerate(pairs)]), lm
+
+
+# --- Liger's layers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Its kernels where there is no GPU, in Triton's interpreter, which hands on floats as Python's and has no libdevice."""
+    rms_norm = pytest.importorskip("liger_kernel.ops.rms_norm")
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):  # taken back afterwards: it is the whole process's
+        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        for name in [name for name in vars(module) if name == "apply_rotary_pos_emb" or name.endswith(("RMSNorm", "MLP"))]:
+            monkeypatch.setattr(module, name, getattr(module, name))
+    if torch.cuda.is_available():
+        return
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(argument):
+        if not isinstance(argument, float):
+            return convert(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=2))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral-window"])
+def test_ligers_layers_give_the_logprobs_and_gradients_of_hugging_faces(folder, device, liger, kind, monkeypatch):
+    path, found = tiny.save_model(folder, kind), []
+    for kernels in ("torch", "liger"):
+        monkeypatch.setattr(model, "layer_kernels", lambda *_, kernels=kernels: (kernels, "asked for"))
+        policy = build(Policy, path, device)
+        logprob_T = logprobs(policy, PAIRS)
+        logprob_T[pack(PAIRS).mask_T].mean().backward()
+        found.append((logprob_T.detach(), tiny.gradients(policy)))
+    (plain_T, expected), (logprob_T, gradients) = found
+    assert "Liger" in repr(policy.lm.base_model.norm) and "Liger" in repr(policy.lm.base_model.layers[1].mlp.forward)
+    torch.testing.assert_close(logprob_T, plain_T, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_which_layer_kernels_run_and_why(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert model.layer_kernels("auto", cpu, "llama") == ("torch", "Liger's kernels need a CUDA GPU")
+    assert model.layer_kernels("torch", gpu, "llama") == ("torch", "asked for")
+    with pytest.raises(ModelError, match="model.layer_kernels = liger: Liger's kernels need a CUDA GPU; use torch or auto"):
+        model.layer_kernels("liger", cpu, "llama")
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    assert model.layer_kernels("auto", gpu, "llama") == ("torch", "liger-kernel is not installed")
+    monkeypatch.undo()
+    pytest.importorskip("liger_kernel")
+    assert model.layer_kernels("auto", gpu, "llama") == ("liger", "fastest installed")
+    assert model.layer_kernels("auto", gpu, None) == ("liger", "fastest installed")
+    assert model.layer_kernels("auto", gpu, "gpt2") == ("torch", "liger-kernel has none for gpt2")
+    with pytest.raises(ModelError, match="none for gpt2; use torch or auto"):
+        model.layer_kernels("liger", gpu, "gpt2")
 
 
 # --- packed is padded -------------------------------------------------------------------------------

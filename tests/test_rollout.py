@@ -11,13 +11,14 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_lm import make_tiny
 
 from rlsp_fast import config as configs
-from rlsp_fast import data, dist, model, sync
+from rlsp_fast import data, dist, model, rollout, sync
 from rlsp_fast.memory import Colocated
 from rlsp_fast.rollout import EngineError, Sampling, TransformersEngine, VLLMEngine, make_engine
 from rlsp_fast.types import Problem
@@ -267,6 +268,49 @@ def test_top_p_leaves_the_tail_out(tiny, config, tokenizer, device, problems):
     assert all(abs(p) < 1e-6 for r in narrow for p in r.rollout_logprob)  # one token left: certain
     for i in range(0, len(narrow), 8):
         assert len({r.response_ids for r in narrow[i : i + 8]}) == 1
+
+
+def test_transformers_samples_the_same_however_its_cache_grows_and_drops_finished_rows(
+    tiny, config, tokenizer, device, problems, monkeypatch
+):
+    class Counting(rollout.TransformersEngine):
+        rows = 0
+
+        def _forward(self, ids, *args):
+            self.rows += len(ids)
+            return super()._forward(ids, *args)
+
+    found, rows = [], []
+    for layer, room in (("_RoomyLayer", 128), ("_RoomyLayer", 1), ("DynamicLayer", 0)):
+        if room:
+            monkeypatch.setattr(rollout._RoomyLayer, "ROOM", room)
+        monkeypatch.setattr(rollout, "_RoomyLayer", getattr(rollout, layer))
+        counting = Counting(config, tiny, tokenizer, device)
+        counting.eos_ids = frozenset(range(0, len(tokenizer), 12))
+        made = counting.generate(problems[:4], sampling(n=4, max_tokens=60), slots=range(4))
+        found.append([(r.response_ids, r.finish) for r in made])
+        rows.append(counting.rows)
+    assert found[0] == found[1] == found[2] and rows[0] == rows[1] == rows[2]
+    lengths = [len(r.response_ids) for r in made]
+    needed = 4 + sum(lengths) - len(made)  # a prompt once, then every token but the last
+    never_dropped = 4 + len(made) * (max(lengths) - 1)
+    assert needed <= rows[0] < needed + 0.5 * (never_dropped - needed), (needed, rows[0], never_dropped)
+
+
+@needs_vllm
+def test_two_jobs_on_a_machine_take_two_names_for_their_shared_memory(monkeypatch):
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    monkeypatch.setenv("VLLM_DIST_IDENT", "//")  # as external_launcher leaves it
+    communicator, names = SimpleNamespace(unique_name="tp:0", ranks=[0, 1]), set()
+    for job in ("one", "another"):
+        with monkeypatch.context() as undone:
+            shared = cpu_communicator._CPUSHMDistributed
+            name = getattr(shared.make_group_name, "args", (None, shared.make_group_name))[1]  # an engine may have been made
+            undone.setattr(shared, "make_group_name", staticmethod(name))
+            rollout._name_shared_memory(job)
+            names.add(shared.make_group_name(communicator))
+    assert len(names) == 2
 
 
 def test_vllm_asked_for_and_missing_is_an_error_with_the_fix(config, tiny, tokenizer, device, monkeypatch):

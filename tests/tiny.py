@@ -14,6 +14,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from rlsp_fast.config import Config, check
@@ -37,6 +38,7 @@ KINDS = {
     "llama": LlamaConfig(**SHARED, num_key_value_heads=4, tie_word_embeddings=False),
     "qwen2": Qwen2Config(**SHARED, num_key_value_heads=2, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SHARED, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHARED, num_key_value_heads=2, head_dim=8),
     "mistral-window": MistralConfig(**SHARED, num_key_value_heads=2, sliding_window=WINDOW),
     "qwen2-window": Qwen2Config(  # the first layer sees everything, the second WINDOW tokens
         **SHARED, num_key_value_heads=2, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
