@@ -95,7 +95,7 @@ def make_work(args: argparse.Namespace, model: Path, engine: str) -> Row:
     from rlsp_fast import data
 
     texts = [json.loads(line)["problem"] for line in (model / "problems.jsonl").read_text().splitlines()]
-    order = [i for r in range(args.rounds) for i in data.batch(range(len(texts)), seed=0, step=r, batch_size=args.problems)]
+    order = data.batch(range(len(texts)), seed=0, start=0, size=args.rounds * args.problems)
     longest = max(len(text.split()) for text in texts)
     return {
         "model": str(model),
