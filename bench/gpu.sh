@@ -13,6 +13,7 @@
 #        bench_token_losses: the Triton kernels beside their peers
 #   540  peers_liger peers_trl peers_verl: the peers' own tests against our ops, see bench/peer_suites.py
 #   540  bench_trl_grpo: TRL's GRPO patched and not, where trl imports
+#   590  step_NAME_LENGTH step_without_liger: 0.5 B and 1.5 B at 4k and 16k responses, with and without Liger's layers
 #   540  bench_step bench_step_full_size bench_colocate compare compare_transformers demo: where vLLM imports; compare needs trl
 #   540  nsys ncu: profiles of a step, where the tools are installed
 #
@@ -79,6 +80,17 @@ if python -c 'import vllm' 2>/dev/null; then
   part bench_step_full_size 540 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 512 --idle --engines vllm --steps 3 \
     --rounds 1 model.dtype=bfloat16 rollout.max_response_length=1024 train.batch_size=64 train.mini_batch_size=32 \
     train.max_tokens_per_micro_batch=16384 rollout.kv_cache_gib=20
+  # The step table. Recomputing layers makes 17,408 tokens of 1.5 B parameters fit beside two Adam states.
+  for name in Qwen2.5-0.5B Qwen2.5-1.5B; do
+    for length in 4096 16384; do
+      part "step_${name}_$length" 590 python bench/bench_step.py --architecture "$name" --response 0 --engines vllm --steps 2 --rounds 1 \
+        model.dtype=bfloat16 model.activation_checkpointing=true rollout.max_response_length="$length" \
+        train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 rollout.kv_cache_gib=20
+    done
+  done
+  part step_without_liger 590 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 0 --engines vllm --steps 2 --rounds 1 \
+    model.dtype=bfloat16 model.activation_checkpointing=true model.layer_kernels=torch rollout.max_response_length=4096 \
+    train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 rollout.kv_cache_gib=20
   part compare 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 2 --problems 64 \
     --response 300 --limit 1024
   part compare_transformers 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines transformers --cases spread \
