@@ -134,6 +134,8 @@ def compare() -> str:
         f"random weights of `{r['architecture']}`, {r['dtype']}, {r['threads']} thread.",
         f"{where(r)[:-1]}, TRL {r['trl']}. `python bench/compare.py` says what is not the same in both.",
     ]
+    older = {(x["engine"], x["commit"]) for x in rows if x["commit"] != r["commit"]}
+    lines += [f"The rows of {engine} are of commit {commit}." for engine, commit in sorted(older)]
     failed = {(x["engine"], x["failed"]) for x in rows if x["trainer"] == "trl" and x["failed"]}
     lines += [f"TRL with {engine} here: `{why}`" for engine, why in sorted(failed)]
     return "\n".join([*lines, "", "![where a round's time goes](docs/throughput.png)"])
