@@ -80,16 +80,18 @@ if python -c 'import vllm' 2>/dev/null; then
   part bench_step_full_size 540 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 512 --idle --engines vllm --steps 3 \
     --rounds 1 model.dtype=bfloat16 rollout.max_response_length=1024 train.batch_size=64 train.mini_batch_size=32 \
     train.max_tokens_per_micro_batch=16384 rollout.kv_cache_gib=20
-  # The step table. Recomputing layers makes 17,408 tokens of 1.5 B parameters fit beside two Adam states.
+  # The step table. Where memory is short of what `rlsp plan` finds for 17,408 tokens of 1.5 B parameters beside two Adam states,
+  # about 100 GiB, layers are recomputed, which lowers MFU.
+  recompute=$([ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -lt 120000 ] && echo true || echo false)
   for name in Qwen2.5-0.5B Qwen2.5-1.5B; do
     for length in 4096 16384; do
       part "step_${name}_$length" 590 python bench/bench_step.py --architecture "$name" --response 0 --engines vllm --steps 2 --rounds 1 \
-        model.dtype=bfloat16 model.activation_checkpointing=true rollout.max_response_length="$length" \
+        model.dtype=bfloat16 model.activation_checkpointing="$recompute" rollout.max_response_length="$length" \
         train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 rollout.kv_cache_gib=20
     done
   done
   part step_without_liger 590 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 0 --engines vllm --steps 2 --rounds 1 \
-    model.dtype=bfloat16 model.activation_checkpointing=true model.layer_kernels=torch rollout.max_response_length=4096 \
+    model.dtype=bfloat16 model.activation_checkpointing="$recompute" model.layer_kernels=torch rollout.max_response_length=4096 \
     train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 rollout.kv_cache_gib=20
   part compare 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 2 --problems 64 \
     --response 300 --limit 1024

@@ -315,8 +315,8 @@ class PPO:
         diff, mismatch_kl = (old.exp() - rollout.exp()).abs(), kl_penalty(rollout, old, "k3")
         num_carried = carried_kl = 0.0
         if [m for m in micros if m.carried_T is not None]:  # its tensors stay on the host, where they were made
-            none = [torch.zeros(m.batch.num_tokens, dtype=torch.bool) for m in micros]
-            carried = torch.cat([z if m.carried_T is None else m.carried_T for m, z in zip(micros, none, strict=True)])[mask]
+            fresh_T = torch.zeros(len(mask), dtype=torch.bool)  # long enough for any of them
+            carried = torch.cat([fresh_T[: m.batch.num_tokens] if m.carried_T is None else m.carried_T for m in micros])[mask]
             num_carried, carried_kl = float(carried.sum()), mismatch_kl[carried].sum().item()
             diff, mismatch_kl = diff[~carried], mismatch_kl[~carried]
         sums = {

@@ -280,7 +280,8 @@ class VLLMEngine(Engine):
 
         if not self.on_gpu:
             _keep_cpu_weights()
-            _name_shared_memory(dist.gather_objects(secrets.token_hex(8))[0])
+            if rollout.tensor_parallel_size > 1:
+                _name_shared_memory(dist.gather_objects(secrets.token_hex(8))[0])
         self.version = vllm.__version__
         self.tokenizer = tokenizer
         self.level = rollout.sleep_level
@@ -657,4 +658,5 @@ def _sample(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Genera
     cdf_BV = log_p_BV.exp().cumsum(-1, dtype=torch.float64)
     uniform_B1 = torch.stack([torch.rand(1, generator=g, dtype=torch.float64, device=g.device) for g in generators])
     token_B = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)[:, 0]  # never one of probability 0
+    token_B = token_B.clamp(max=log_p_BV.shape[-1] - 1)  # NaN probabilities: any token; the trainer's comparison stops the run
     return token_B, log_p_BV.gather(-1, token_B[:, None])[:, 0]

@@ -536,11 +536,10 @@ def _gather_samples(
             rollout_logprob=rollout.rollout_logprob,
             num_carried=rollout.num_carried,
             reward=score.reward,
-            weight=weight,
+            weight=weights[slot],
         )
-        for i, slot in enumerate(slots)
-        if (weight := weights.get(slot)) is not None
-        for rollout, score in zip(rollouts[i * n : (i + 1) * n], scores[i * n : (i + 1) * n], strict=True)
+        for slot, rollout, score in zip([slot for slot in slots for _ in range(n)], rollouts, scores, strict=True)
+        if slot in weights
     ]
     return sorted([s for part in dist.gather_objects(mine) for s in part], key=lambda s: s.group)
 

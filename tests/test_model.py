@@ -96,6 +96,8 @@ def test_ligers_layers_give_the_logprobs_and_gradients_of_hugging_faces(folder, 
         logprob_T[pack(PAIRS).mask_T].mean().backward()
         found.append((logprob_T.detach(), tiny.gradients(policy)))
     (plain_T, expected), (logprob_T, gradients) = found
+    rotary = importlib.import_module(type(policy.lm).__module__).apply_rotary_pos_emb
+    assert rotary.__module__.startswith("liger_kernel")
     assert "Liger" in repr(policy.lm.base_model.norm) and "Liger" in repr(policy.lm.base_model.layers[1].mlp.forward)
     torch.testing.assert_close(logprob_T, plain_T, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == expected.keys()

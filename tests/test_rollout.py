@@ -270,6 +270,21 @@ def test_top_p_leaves_the_tail_out(tiny, config, tokenizer, device, problems):
         assert len({r.response_ids for r in narrow[i : i + 8]}) == 1
 
 
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    p_V, rows = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), 4000
+    generators = [torch.Generator().manual_seed(i) for i in range(rows)]
+    token_B, logprob_B = rollout._sample(p_V.log().mul(0.7).expand(rows, -1), sampling(), generators)
+    share_V = torch.bincount(token_B, minlength=len(p_V)) / rows
+    assert (share_V[p_V == 0] == 0).all()
+    torch.testing.assert_close(share_V, p_V, atol=4 * (0.25 / rows) ** 0.5, rtol=0)
+    torch.testing.assert_close(logprob_B, p_V.log()[token_B])
+
+
+def test_nan_logits_give_a_token_of_the_vocabulary_and_a_logprob_that_stops_the_run():
+    token_B, logprob_B = rollout._sample(torch.full((2, 5), torch.nan), sampling(), [torch.Generator()] * 2)
+    assert (token_B < 5).all() and logprob_B.isnan().all()
+
+
 def test_transformers_samples_the_same_however_its_cache_grows_and_drops_finished_rows(
     tiny, config, tokenizer, device, problems, monkeypatch
 ):
