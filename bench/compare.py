@@ -17,7 +17,8 @@ Appends to bench/results/compare.csv, failures with their reason too.
 What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens a
 round differ by some per cent; the ratio is of tokens a second for `spread`); rlsp_fast keeps float32 masters under FSDP2, TRL
 bare float32 weights under accelerate; TRL computes the entropy of every token for its log; rlsp_fast compares the engine's
-probabilities with the trainer's at every step and verifies every push, TRL does neither.
+probabilities with the trainer's at every step and verifies every push, TRL does neither; on a CPU vLLM runs TRL's model
+compiled and rlsp_fast's not, each as its trainer starts it, and multiplies with unpacked weights for both (compare_engine.py).
 """
 
 import argparse

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import compare_engine
+
 from rlsp_fast import config, train
 
 PHASES = {"gen": ("gen",), "reward": ("reward",), "annotate": ("old_log_prob", "ref", "adv"), "update": ("update_actor",)}
@@ -17,6 +19,8 @@ PHASES = {"gen": ("gen",), "reward": ("reward",), "annotate": ("old_log_prob", "
 
 def main() -> None:
     work, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    if work["engine"] == "vllm":
+        compare_engine.keep_loadable()
     rows: list[dict[str, float]] = []
     ends = [(time.perf_counter(), time.process_time())]
     rl_step = train.rl_step

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare_engine
 import torch
 from datasets import Dataset
 from length_reward import trl_reward
@@ -63,6 +64,8 @@ def synchronize() -> None:
 
 def main() -> None:
     work, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    if work["engine"] == "vllm":
+        compare_engine.keep_loadable()
     sequences = work["mini_batch_size"] * work["n"]
     updates = work["batch_size"] // work["mini_batch_size"]
     config = GRPOConfig(

@@ -1,6 +1,7 @@
 """bench/compare.py gives both trainers the same work and both do it."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import compare  # noqa: E402
 import random_model  # noqa: E402
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
 @pytest.mark.parametrize("trainer", compare.WORKERS)
-def test_a_trainer_does_the_rounds_it_was_given(tmp_path, trainer):
-    if trainer == "trl":
-        pytest.importorskip("trl")
+def test_a_trainer_does_the_rounds_it_was_given(tmp_path, trainer, engine):
+    for needed in {trainer, engine} & {"trl", "vllm"}:
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
     args = argparse.Namespace(rounds=2, problems=4, samples=2, limit=12, dtype="float32")
     lm = random_model.make("tiny", tmp_path / "model", response=6, dtype=torch.float32)
-    work = compare.make_work(args, lm, "transformers")
+    work = compare.make_work(args, lm, engine)
     assert len(work["prompts"]) == 8
     found = compare.one(tmp_path / trainer, compare.WORKERS[trainer], work, 300)
     assert "failed" not in found, found
