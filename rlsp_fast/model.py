@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -58,8 +57,8 @@ class _Layout:
 def _layout(batch: PackedBatch, backend: str) -> _Layout:
     slot_T = None
     if backend == "sdpa":
-        lengths = torch.tensor(batch.lengths, device=batch.input_T.device)
-        sequence_T = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        sequences = torch.arange(len(batch.lengths), device=batch.input_T.device)
+        sequence_T = sequences.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
         slot_T = sequence_T * batch.max_seqlen + batch.position_ids
     return _Layout(backend, batch.cu_seqlens, batch.max_seqlen, slot_T, len(batch.lengths))
 
@@ -148,8 +147,9 @@ def _sdpa(
     return out_SNLH.transpose(1, 2).reshape(S * L, *q_TNH.shape[1:]).index_select(0, slot_T)
 
 
+# No mask function of that name is registered: Hugging Face then makes no mask, and does not ask the device, at every forward,
+# whether it holds one sequence or several.
 AttentionInterface.register("rlsp_packed", packed_attention)
-AttentionMaskInterface.register("rlsp_packed", lambda *args, **kwargs: None)
 
 
 def attention_backend(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

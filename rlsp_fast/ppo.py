@@ -80,6 +80,12 @@ class MicroBatch:
     advantage_T: Tensor | None = None
     return_T: Tensor | None = None
 
+    def move_to(self, device: torch.device) -> None:
+        """What the device computes with, before it has anything to do: a copy later would wait for what is queued."""
+        self.batch = self.batch.to(device)
+        for name in ("reward_S", "rollout_logprob_T", "weight_T", "critic_weight_T"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
     def split(self, max_tokens: int) -> list["MicroBatch"]:
         """The same sequences in the same order, in parts of at most max_tokens where a sequence is not longer by itself."""
         if self.batch.num_tokens <= max_tokens:
@@ -207,7 +213,7 @@ class PPO:
         """Fills old and reference log-probabilities, values, advantages and returns. Returns metrics of all ranks."""
         micros = [m for mini_batch in mini_batches for m in mini_batch]
         for m in micros:
-            m.batch = m.batch.to(self.device)
+            m.move_to(self.device)
         with timer("old_log_prob"):
             for m in micros:
                 m.old_logprob_T, _ = self.policy(m.batch, self._logprob(m))
@@ -251,7 +257,7 @@ class PPO:
                 m.batch.mask_T,
                 gamma=a.gamma,
                 lam=a.lam if gae else 1.0,
-                terminal_reward_S=m.reward_S.to(self.device),
+                terminal_reward_S=m.reward_S,
                 old_logprob_T=m.old_logprob_T,
                 ref_logprob_T=m.ref_logprob_T,
                 kl_coef=a.kl_coef if self.ref is not None else 0.0,
@@ -418,9 +424,7 @@ class PPO:
 
     def _critic_backward(self, m: MicroBatch) -> Tensor:
         value_T = self.critic(m.batch)
-        loss, num_clipped = value_loss(
-            value_T, m.value_T, m.return_T, m.critic_weight_T.to(self.device), clip=self.algorithm.value_clip
-        )
+        loss, num_clipped = value_loss(value_T, m.value_T, m.return_T, m.critic_weight_T, clip=self.algorithm.value_clip)
         loss.backward()
         return torch.stack([loss.detach() / dist.world_size(), num_clipped.float(), m.batch.mask_T.sum().float()])
 
@@ -428,7 +432,7 @@ class PPO:
         a = self.algorithm
         importance_weight_T = None
         if a.tis_cap is not None:
-            log_weight_T = m.old_logprob_T - m.rollout_logprob_T.to(self.device)
+            log_weight_T = m.old_logprob_T - m.rollout_logprob_T
             importance_weight_T = log_weight_T.exp().clamp(max=a.tis_cap)
 
         def fn(hidden_TD: Tensor, weight_VD: Tensor, **head: object) -> tuple[Tensor, PPOMetrics]:
@@ -438,7 +442,7 @@ class PPO:
                 m.batch.token_T,
                 m.old_logprob_T,
                 m.advantage_T,
-                m.weight_T.to(self.device),
+                m.weight_T,
                 temperature=self.temperature,
                 clip_ratio_low=a.clip_ratio_low,
                 clip_ratio_high=a.clip_ratio_high,

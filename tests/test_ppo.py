@@ -5,6 +5,7 @@ is at work. The plain side computes in float64.
 """
 
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import plain_ppo
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from rlsp_kernels import packed_gae
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from rlsp_fast import dist, model
@@ -548,6 +550,62 @@ def test_a_sequence_that_does_not_fit_by_itself_ends_the_update(paths, device):
     Full(ppo.critic, 5, "forward")
     with pytest.raises(torch.OutOfMemoryError):
         ppo.update(mini_batches, Timer(), train_actor=True)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: a number read, or a size that depends on numbers."""
+
+    READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::repeat_interleave")
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.name().split(".")[0] in self.READS and kwargs.get("output_size") is None:
+            raise AssertionError(f"{function.name()} waits for the device")
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def waiting_is_an_error():
+    """As torch finds out on a GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def forward_and_backward(ppo, samples, refusing):
+    """What the host does between two mini-batches, while `refusing` looks."""
+    (micros,) = ppo.pack(samples)
+    ppo.annotate([micros], Timer())
+    assert len(micros) > 1
+    with refusing:
+        for m in micros:
+            with torch.no_grad():
+                ppo.policy(m.batch, ppo._logprob(m))
+            ppo._critic_backward(m)
+            ppo._actor_backward(m)
+        ppo.critic_optimizer.step()
+        ppo.actor_optimizer.step()
+
+
+WAITING = {"tis_cap": 2.0, "kl_loss_coef": 0.1, "entropy_coef": 0.01}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_no_micro_batch_waits_for_the_device(tmp_path, device, samples, kind):
+    path = tiny.save_model(tmp_path, kind)
+    config = tiny.recipe(path, algorithm=WAITING, rollout={"n": 3}, train=SMALL)
+    forward_and_backward(make_ppo((path, path), device, config), samples, NoWaiting())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_micro_batch_waits_for_the_gpu(paths, device, samples, dtype):
+    config = tiny.recipe(paths[0], model={"dtype": dtype}, algorithm=WAITING, rollout={"n": 3}, train=SMALL)
+    ppo = make_ppo(paths, device, config)
+    forward_and_backward(ppo, samples, nullcontext())  # compiles, and makes Adam's moments
+    forward_and_backward(ppo, samples, waiting_is_an_error())
 
 
 def test_during_critic_warmup_only_the_critic_learns(paths, device, samples):
