@@ -64,7 +64,7 @@ def main() -> None:
             for engine in args.engines:
                 measured[engine] += steps(args, engine, overrides, Path(folder))[1:]
         idle = {engine: idle_share(args, engine, overrides, Path(folder)) if args.idle else "" for engine in args.engines}
-    rows = [summarise(args, engine, found, job) | {"idle_share": idle[engine]} for engine, found in measured.items()]
+    rows = [summarise(args, engine, found, job, idle[engine]) for engine, found in measured.items()]
     show(rows)
     if args.json:
         environment = {"python": platform.python_version(), "platform": platform.platform(), "command": sys.argv}
@@ -142,7 +142,9 @@ def mbu(job: plan.Job, found: dict[str, float]) -> float:
     return (weights + cache) / found["timing_s/gen"] / (job.gpu.memory_gb_s * 1e9)
 
 
-def summarise(args: argparse.Namespace, engine: str, found: list[dict[str, float]], job: plan.Job) -> dict[str, object]:
+def summarise(
+    args: argparse.Namespace, engine: str, found: list[dict[str, float]], job: plan.Job, idle: float | str
+) -> dict[str, object]:
     """Medians over the steps."""
 
     def median(name: str) -> float:
@@ -167,6 +169,8 @@ def summarise(args: argparse.Namespace, engine: str, found: list[dict[str, float
         "architecture": args.architecture or "",
         "train_mfu": round(statistics.median(mfu(job, step) for step in found), 4) if gpu() else "",
         "decode_mbu": round(statistics.median(mbu(job, step) for step in found), 4) if gpu() else "",
+        "idle_share": idle,
+        "overrides": " ".join(args.overrides),
     }
 
 

@@ -13,7 +13,8 @@
 #        bench_token_losses: the Triton kernels beside their peers
 #   540  peers_liger peers_trl peers_verl: the peers' own tests against our ops, see bench/peer_suites.py
 #   540  bench_trl_grpo: TRL's GRPO patched and not, where trl imports
-#   590  step_NAME_LENGTH step_without_liger: 0.5 B and 1.5 B at 4k and 16k responses, with and without Liger's layers
+#   590  step_NAME_LENGTH: 0.5 B and 1.5 B at 4k and 16k responses
+#   590  step_without_liger step_compiled step_compiled_without_liger: 1.5 B at 4k with Hugging Face's layers, torch.compile, both
 #   540  bench_step bench_step_full_size bench_colocate compare compare_transformers demo: where vLLM imports; compare needs trl
 #   540  nsys ncu: profiles of a step, where the tools are installed
 #
@@ -83,16 +84,17 @@ if python -c 'import vllm' 2>/dev/null; then
   # The step table. Where memory is short of what `rlsp plan` finds for 17,408 tokens of 1.5 B parameters beside two Adam states,
   # about 100 GiB, layers are recomputed, which lowers MFU.
   recompute=$([ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -lt 120000 ] && echo true || echo false)
+  full_size() {
+    part "$1" 590 python bench/bench_step.py --architecture "$2" --response 0 --engines vllm --steps 2 --rounds 1 model.dtype=bfloat16 \
+      model.activation_checkpointing="$recompute" train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 \
+      rollout.kv_cache_gib=20 rollout.max_response_length="$3" "${@:4}"
+  }
   for name in Qwen2.5-0.5B Qwen2.5-1.5B; do
-    for length in 4096 16384; do
-      part "step_${name}_$length" 590 python bench/bench_step.py --architecture "$name" --response 0 --engines vllm --steps 2 --rounds 1 \
-        model.dtype=bfloat16 model.activation_checkpointing="$recompute" rollout.max_response_length="$length" \
-        train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 rollout.kv_cache_gib=20
-    done
+    for length in 4096 16384; do full_size "step_${name}_$length" "$name" "$length"; done
   done
-  part step_without_liger 590 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 0 --engines vllm --steps 2 --rounds 1 \
-    model.dtype=bfloat16 model.activation_checkpointing="$recompute" model.layer_kernels=torch rollout.max_response_length=4096 \
-    train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 rollout.kv_cache_gib=20
+  full_size step_without_liger Qwen2.5-1.5B 4096 model.layer_kernels=torch
+  full_size step_compiled Qwen2.5-1.5B 4096 model.compile=true
+  full_size step_compiled_without_liger Qwen2.5-1.5B 4096 model.compile=true model.layer_kernels=torch
   part compare 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 2 --problems 64 \
     --response 300 --limit 1024
   part compare_transformers 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines transformers --cases spread \

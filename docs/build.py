@@ -18,7 +18,7 @@ def main() -> None:
     (ROOT / "docs" / "config.md").write_text(head + config.reference())
     readme = (ROOT / "README.md").read_text()
     readme = fill(readme, "demo table", demo())
-    readme = fill(readme, "bench tables", "\n\n".join((compare(), step(), ops(), packing(), host(), NOT_MEASURED)))
+    readme = fill(readme, "bench tables", "\n\n".join((compare(), step(), full_size(), ops(), packing(), host(), rest())))
     (ROOT / "README.md").write_text(readme)
     plot_compare(ROOT / "docs" / "throughput.png")
     (ROOT / "docs" / "scaling.md").write_text(scaling())
@@ -105,6 +105,7 @@ def across(values: list[float]) -> str:
 # --- beside TRL -------------------------------------------------------------------------------
 
 PARTS = ("gen", "reward", "annotate", "update")
+PEERS = {"TRL": "trl", "verl": "verl", "OpenRLHF": "openrlhf"}
 CASES = {"spread": "lengths spread", "full": "all to the limit"}
 
 
@@ -256,15 +257,23 @@ def host() -> str:
     )
 
 
-NOT_MEASURED = (
-    "On a GPU: not measured, neither a step nor MFU, MBU, nsys or ncu, nor TRL beside it; `bash bench/gpu.sh` measures them.\n"
-    "verl and OpenRLHF, which run on Ray: not compared. [docs/scaling.md](docs/scaling.md) has 8 to 1,024 GPUs on paper,\n"
-    "[docs/performance.md](docs/performance.md) says what measures what; `make bench` fails when something became slower."
-)
+def rest() -> str:
+    """What no table shows yet, and where to read on."""
+    on_gpu = {r["trainer"] for r in newest("compare", "trainer", "basis") if r["basis"] == "step"}
+    missing = [name for name, key in PEERS.items() if key not in on_gpu]
+    return "\n".join(
+        [
+            *([f"Beside {', '.join(missing)} on a GPU: not measured."] if missing else []),
+            "[docs/scaling.md](docs/scaling.md) has 8 to 1,024 GPUs on paper,",
+            "[docs/performance.md](docs/performance.md) says what measures what and what nsys and ncu have not shown yet;",
+            "`bash bench/gpu.sh` measures all that needs a GPU; `make bench` fails when something became slower.",
+        ]
+    )
 
 
 def step() -> str:
-    rows = [r for r in newest("step", "engine", "recipe", "architecture") if r["recipe"] == "demo" and not r["architecture"]]
+    rows = newest("step", "engine", "recipe", "architecture", "overrides")
+    rows = [r for r in rows if r["recipe"] == "demo" and not r["architecture"] and not r["overrides"]]
     if not rows:
         return "Step time: not measured."
     phases = [name for name in rows[0] if name.endswith("_s") and name not in ("step_s", "tokens_per_s")]
@@ -275,6 +284,17 @@ def step() -> str:
     lines.append("| tokens a second | " + " | ".join(f"{int(r['tokens_per_s']):,}" for r in rows) + " |")
     lines.append("| peak memory, GiB | " + " | ".join(r["peak_gib"] for r in rows) + " |")
     return "\n".join([*lines, "", f"{where(rows[0])} `python bench/bench_step.py`"])
+
+
+def full_size() -> str:
+    """A line a run of a named architecture on a GPU."""
+    rows = [r for r in newest("step", "device", "engine", "architecture", "overrides") if r["train_mfu"] and r["architecture"]]
+    if not rows:
+        return "On a GPU, a step of Qwen2.5-0.5B and 1.5B with responses of 4k and 16k tokens, its MFU and MBU: not measured."
+    columns = ("step_s", "tokens_per_s", "train_mfu", "decode_mbu", "idle_share", "peak_gib")
+    lines = ["| architecture | engine | settings | " + " | ".join(columns) + " |", "| --- |" + " --- |" * (2 + len(columns))]
+    lines += [f"| {' | '.join(r[k] for k in ('architecture', 'engine', 'overrides', *columns))} |" for r in rows]
+    return "\n".join([*lines, "", f"{where(rows[-1])} `bash bench/gpu.sh`"])
 
 
 def ops() -> str:

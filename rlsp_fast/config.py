@@ -41,6 +41,8 @@ class ModelConfig(_Section):
     """Attention over packed sequences: flash-attn, torch.nn.attention.varlen, or SDPA. auto takes the first that works."""
     layer_kernels: Literal["auto", "liger", "torch"] = "auto"
     """RMSNorm, rotary positions and gated MLP: Liger's or Hugging Face's. auto: Liger's on a GPU where it is installed."""
+    compile: bool = False
+    """torch.compile each decoder layer that is trained or compared with: a minute at the start. On a CPU it gains nothing."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward: about 1.3x the time, activations of one layer instead of all."""
 

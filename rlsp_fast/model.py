@@ -362,8 +362,11 @@ def build(
         for parameter in module.parameters():  # not module.to(dtype): rotary frequencies in bfloat16 lose the positions
             parameter.data = parameter.data.to(dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
-    layers = _decoder_layers(module.lm)
-    for layer in layers:
+    if config.compile:  # all layers of policy, critic and reference, with and without gradients, count as one function's
+        torch._dynamo.config.recompile_limit = 64
+    for layer in _decoder_layers(module.lm):
+        if config.compile:  # forward alone: FSDP's hooks and recomputing stay outside
+            layer.forward = torch.compile(layer.forward, dynamic=True)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     module.requires_grad_(trained).to(device)

@@ -122,6 +122,36 @@ def test_which_layer_kernels_run_and_why(monkeypatch):
         model.layer_kernels("liger", gpu, "gpt2")
 
 
+# --- torch.compile ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not torch.cuda.is_available(), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activation checkpointing"])
+def test_compiled_layers_give_the_same_and_are_compiled_once_for_all_lengths(folder, device, checkpointing):
+    torch._dynamo.reset()
+    path = tiny.save_model(folder, "llama")
+    policies = [
+        build(Policy, path, device, compile=compiled, activation_checkpointing=checkpointing) for compiled in (False, True)
+    ]
+    graphs = []
+    for seed in range(5):
+        pairs = [(s.prompt_ids, s.response_ids) for s in tiny.samples(3 + seed, seed=seed)]
+        found = []
+        for policy in policies:
+            logprob_T = logprobs(policy, pairs)
+            logprob_T[pack(pairs).mask_T].mean().backward()
+            found.append((logprob_T.detach(), tiny.gradients(policy)))
+            policy.zero_grad()
+        (plain_T, expected), (logprob_T, gradients) = found
+        torch.testing.assert_close(logprob_T, plain_T, atol=1e-5, rtol=1e-5)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[-1], graphs
+    torch._dynamo.reset()
+
+
 # --- packed is padded -------------------------------------------------------------------------------
 
 
