@@ -14,8 +14,8 @@ The phases:
 What could not be made equal: wall-clock seconds only, its processes are Ray's. Seeds are its own. It always shuffles: all
 trainers have the same prompts over the run, but not the same in one round, and a round's sequences are shuffled before they are
 split into updates. AdamW is DeepSpeed's (ZeRO 2, float32 masters in one flat buffer). It trains in bfloat16 or float16 only and
-needs flash-attn, with which it packs, a micro-batch's padding removed. vLLM gets a request a response, so that a prompt is shared
-by prefix caching, which is switched on. Actor, reference and engine are processes of their own on one GPU.
+needs flash-attn, with which a micro-batch is packed. vLLM gets a request a response; prefix caching, switched on, shares a
+prompt. Actor, reference and engine are processes of their own on one GPU.
 """
 
 import json

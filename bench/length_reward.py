@@ -1,12 +1,5 @@
 """The reward of bench/compare.py, for all trainers: the share of even words, so that responses to a problem differ."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict) -> float:
     words = solution_str.split()
@@ -18,8 +11,8 @@ def trl_reward(completions: list[str], **columns: list) -> list[float]:
     return [compute_score("", text, "", {}) for text in completions]
 
 
-def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, Tensor]:
-    """The same, as OpenRLHF asks for it: prompts and responses in one text, with the end-of-sequence token."""
+def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict:
+    """The same, as OpenRLHF asks for it: prompt and response are one text, in which an ended response shows its last token."""
     import torch
 
     texts = (query.removeprefix(prompt).removesuffix("<eos>") for query, prompt in zip(queries, prompts, strict=True))
