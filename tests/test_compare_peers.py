@@ -194,16 +194,13 @@ def test_rows_are_read_from_what_verl_logs(tmp_path, monkeypatch, verl_config):
 
 # OpenRLHF
 
-# Read up to the point where Ray would be started, then used piece by piece. The compiled half of flash-attn, which needs a GPU
-# and is not called here, is an empty module.
+# Read up to the point where Ray would be started, then used piece by piece. OpenRLHF imports flash-attn, whose compiled half needs
+# a GPU and is not called here: an empty flash_attn_2_cuda.py on PYTHONPATH does.
 OPENRLHF = """
-import asyncio, json, runpy, sys, types
-from importlib.util import find_spec
+import asyncio, json, runpy, sys
 from pathlib import Path
 from types import SimpleNamespace
 
-if find_spec("flash_attn_2_cuda") is None:
-    sys.modules["flash_attn_2_cuda"] = types.ModuleType("flash_attn_2_cuda")
 import ray
 import compare_log, compare_openrlhf
 
@@ -266,10 +263,8 @@ plain = lambda space: {k: plain(v) if isinstance(v, SimpleNamespace) else v for 
 
 @pytest.fixture(scope="module")
 def openrlhf(work, tmp_path_factory):
-    missing = [
-        name for name in ("openrlhf", "ray", "deepspeed", "flash_attn", "vllm") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
+    needed = ("openrlhf", "ray", "deepspeed", "flash_attn", "flash_attn_2_cuda", "vllm")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("openrlhf")
     (folder / "work.json").write_text(json.dumps(work))
