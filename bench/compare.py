@@ -17,7 +17,7 @@ Appends to bench/results/compare.csv, failures with their reason too.
 
 verl and OpenRLHF run with vLLM where there is a CUDA GPU and they and Ray import; else they are left out, with the reason. Each
 release of theirs asks for its own torch, transformers and vLLM, which rarely are rlsp_fast's: --python names an interpreter for
-one, and the column `peer` has the versions that it ran with. Neither has been run here yet, on any machine.
+one, and the column `peer` has the versions that it ran with. Neither has made a round here yet: not measured.
 
 What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens a
 round differ by some per cent; the ratio is of tokens a second for `spread`); rlsp_fast keeps float32 masters under FSDP2, TRL
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=100, help="mean tokens of a response in the case `spread`")
     parser.add_argument("--limit", type=int, default=256, help="most tokens of a response")
     parser.add_argument("--seconds", type=int, default=900, help="most seconds of one process")
-    parser.add_argument("--python", nargs="+", default=[], metavar="PEER=PATH", help="the interpreter that has a peer")
+    parser.add_argument("--python", nargs="+", action="extend", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     args = parser.parse_args()
     args.python = dict(pair.split("=", 1) for pair in args.python)
     if unknown := args.python.keys() - CLUSTER.keys():
@@ -85,10 +85,15 @@ def main() -> None:
     show(results)
 
 
+def environment(python: str) -> dict[str, str]:
+    """What a process of an interpreter is started with: another one has its packages in its own folders, not in PYTHONPATH."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or python == sys.executable}
+
+
 def distributions(python: str) -> dict[str, str]:
     """Version of each distribution that an interpreter has."""
     code = "import json, importlib.metadata as m; print(json.dumps([(d.name, d.version) for d in m.distributions() if d.name]))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", code], env=environment(python), capture_output=True, text=True, check=True)
     return {name.lower(): version for name, version in json.loads(done.stdout)}
 
 
@@ -104,7 +109,7 @@ def why_not(peer: str, has: dict[str, str], args: argparse.Namespace) -> str:
     if "vllm" not in args.engines:
         return "it generates with vLLM only, which --engines leaves out"
     python = args.python.get(peer, sys.executable)
-    done = subprocess.run([python, "-c", f"import {CLUSTER[peer]}"], capture_output=True, text=True)
+    done = subprocess.run([python, "-c", f"import {CLUSTER[peer]}"], env=environment(python), capture_output=True, text=True)
     return f"{peer} {has[peer]} does not import: {done.stderr.splitlines()[-1]}" if done.returncode else ""
 
 
@@ -164,9 +169,9 @@ def one(folder: Path, worker: str, work: Row, most_seconds: int, python: str = s
     folder.mkdir()
     (folder / "work.json").write_text(json.dumps(work))
     command = [python, str(HERE / worker), str(folder / "work.json"), str(folder / "times.json")]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    variables = environment(python) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=most_seconds)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=most_seconds)
     except subprocess.TimeoutExpired:
         return {"failed": f"longer than {most_seconds} s"}
     if done.returncode:

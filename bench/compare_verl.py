@@ -13,8 +13,11 @@ Writes one row a round, as compare_trl.py does, from what verl logs to TensorBoa
 What could not be made equal: wall-clock seconds only, its processes are Ray's. Seeds are its own. A round's sequences are
 stored in the order in which they were finished, so that which of them share an update differs. The dual clip cannot be
 switched off; its bound is set where nothing reaches it. The entropy of every token is computed with the old log-probabilities.
-Rewards, tokens and log-probabilities travel between processes through its TransferQueue. Padding is removed where flash-attn
-is compiled; elsewhere attention is torch's, on padded batches.
+Rewards, tokens and log-probabilities travel between processes through its TransferQueue. The reference model's weights stay in
+host memory between its forwards. Padding is removed where flash-attn is compiled; elsewhere attention is torch's, on padded
+batches.
+
+verl 0.9.1 imports a class of TRL's wherever TRL is installed, which TRL 1.16 no longer has: it needs an environment of its own.
 """
 
 import importlib.util
