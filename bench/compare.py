@@ -99,7 +99,7 @@ def distributions(python: str) -> dict[str, str]:
 
 def why_not(peer: str, has: dict[str, str], args: argparse.Namespace) -> str:
     """Why a peer with a cluster of its own is not compared; "" if it is."""
-    missing = [name for name in (peer, "ray", "vllm") if name not in has]
+    missing = [name for name in (peer, "ray", "vllm") if not has.keys() & {name, f"{name}-cpu"}]
     if peer in missing:
         return "not installed"
     if missing:
