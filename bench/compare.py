@@ -1,6 +1,7 @@
 """How many steps a second does rlsp_fast make, and how many do its peers, on the same work in the same run?
 
     [PYTHONPATH=FOLDER_WITH_TRL] python bench/compare.py [--architecture tiny] [--engines transformers vllm] [--repeats 3]
+        [--python verl=VENV/bin/python openrlhf=VENV/bin/python]
 
 The work: GRPO with a KL term in the loss, on problems with GSM8K's prompt lengths, from random weights (bench/random_model.py),
 as `rounds` rounds of one generation and two optimizer updates. The same for all: weights, prompts and their order, responses a
@@ -14,11 +15,16 @@ highest are printed. On a CPU the ratio is of CPU seconds, which others on the m
 beside.
 Appends to bench/results/compare.csv, failures with their reason too.
 
+verl and OpenRLHF run with vLLM where there is a CUDA GPU and they and Ray import; else they are left out, with the reason. Each
+release of theirs asks for its own torch, transformers and vLLM, which rarely are rlsp_fast's: --python names an interpreter for
+one, and the column `peer` has the versions that it ran with. Neither has made a round here yet: not measured.
+
 What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens a
 round differ by some per cent; the ratio is of tokens a second for `spread`); rlsp_fast keeps float32 masters under FSDP2, TRL
 bare float32 weights under accelerate; TRL computes the entropy of every token for its log; rlsp_fast compares the engine's
-probabilities with the trainer's at every step and verifies every push, TRL does neither; on a CPU vLLM runs TRL's model
+probabilities with the trainer's at every step and verifies every push, the others do neither. On a CPU vLLM runs TRL's model
 compiled and rlsp_fast's not, each as its trainer starts it, and multiplies with unpacked weights for both (compare_engine.py).
+Of verl and OpenRLHF only wall-clock seconds are known; compare_verl.py and compare_openrlhf.py say what else differs.
 """
 
 import argparse
@@ -37,7 +43,14 @@ import torch
 from rows import append, installed, origin
 
 HERE = Path(__file__).parent
-WORKERS = {"rlsp_fast": "compare_ours.py", "trl": "compare_trl.py"}
+WORKERS = {
+    "rlsp_fast": "compare_ours.py",
+    "trl": "compare_trl.py",
+    "verl": "compare_verl.py",
+    "openrlhf": "compare_openrlhf.py",
+}
+CLUSTER = {"verl": "verl.trainer.main_ppo", "openrlhf": "openrlhf.cli.train_ppo_ray"}  # on Ray, with vLLM and GPUs only
+TITLES = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF"}
 PARTS = ("gen", "reward", "annotate", "update", "other")
 Row = dict[str, Any]
 
@@ -55,22 +68,50 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=100, help="mean tokens of a response in the case `spread`")
     parser.add_argument("--limit", type=int, default=256, help="most tokens of a response")
     parser.add_argument("--seconds", type=int, default=900, help="most seconds of one process")
+    parser.add_argument("--python", nargs="+", action="extend", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     args = parser.parse_args()
-    for peer in ("verl", "openrlhf"):
-        print(f"{peer}: left out, {why_not(peer)}")
+    args.python = dict(pair.split("=", 1) for pair in args.python)
+    if unknown := args.python.keys() - CLUSTER.keys():
+        parser.error(f"--python: want {' or '.join(CLUSTER)}, got {', '.join(sorted(unknown))}")
+    args.peers = {}
+    for peer in CLUSTER:
+        has = distributions(args.python.get(peer, sys.executable))
+        if reason := why_not(peer, has, args):
+            print(f"{peer}: left out, {reason}")
+        else:
+            args.peers[peer] = " ".join(f"{name} {has[name]}" for name in (peer, "ray", "torch", "transformers", "vllm"))
     with tempfile.TemporaryDirectory() as folder:
         results = list(run(args, Path(folder)))
     print(f"appended to {append('compare', rows(args, results))}")
     show(results)
 
 
-def why_not(peer: str) -> str:
-    """Why a peer with a cluster of its own is not compared."""
-    if not installed(peer):
+def environment(python: str) -> dict[str, str]:
+    """What a process of an interpreter is started with: another one has its packages in its own folders, not in PYTHONPATH."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or python == sys.executable}
+
+
+def distributions(python: str) -> dict[str, str]:
+    """Version of each distribution that an interpreter has."""
+    code = "import json, importlib.metadata as m; print(json.dumps([(d.name, d.version) for d in m.distributions() if d.name]))"
+    done = subprocess.run([python, "-c", code], env=environment(python), capture_output=True, text=True, check=True)
+    return {name.lower(): version for name, version in json.loads(done.stdout)}
+
+
+def why_not(peer: str, has: dict[str, str], args: argparse.Namespace) -> str:
+    """Why a peer with a cluster of its own is not compared; "" if it is."""
+    missing = [name for name in (peer, "ray", "vllm") if not has.keys() & {name, f"{name}-cpu"}]
+    if peer in missing:
         return "not installed"
-    if not installed("ray"):
-        return f"{peer} {installed(peer)} is installed, but Ray, which it runs on, is not"
-    return f"{peer} {installed(peer)} runs on Ray with GPUs only, and no one has yet run it beside this bench"
+    if missing:
+        return f"{peer} {has[peer]} is installed, but not {' and '.join(missing)}, which it runs on"
+    if not torch.cuda.is_available():
+        return f"{peer} {has[peer]} runs on CUDA GPUs only, and there is none"
+    if "vllm" not in args.engines:
+        return "it generates with vLLM only, which --engines leaves out"
+    python = args.python.get(peer, sys.executable)
+    done = subprocess.run([python, "-c", f"import {CLUSTER[peer]}"], env=environment(python), capture_output=True, text=True)
+    return f"{peer} {has[peer]} does not import: {done.stderr.splitlines()[-1]}" if done.returncode else ""
 
 
 def run(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
@@ -86,10 +127,14 @@ def run(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
             )
             for engine in args.engines:
                 for trainer in WORKERS:
+                    if trainer in CLUSTER and (trainer not in args.peers or engine != "vllm"):
+                        continue
                     work = make_work(args, model, engine)
                     name = f"{case}-{engine}-{trainer}-{repeat}"
-                    found = one(folder / name, WORKERS[trainer], work, args.seconds)
-                    yield {"case": case, "engine": engine, "trainer": trainer, "repeat": repeat, **found}
+                    python = args.python.get(trainer, sys.executable)
+                    found = one(folder / name, WORKERS[trainer], work, args.seconds, python)
+                    which = {"case": case, "engine": engine, "trainer": trainer, "repeat": repeat}
+                    yield {**which, "peer": args.peers.get(trainer, ""), **found}
 
 
 def make_work(args: argparse.Namespace, model: Path, engine: str) -> Row:
@@ -120,14 +165,14 @@ def make_work(args: argparse.Namespace, model: Path, engine: str) -> Row:
     }
 
 
-def one(folder: Path, worker: str, work: Row, most_seconds: int) -> Row:
+def one(folder: Path, worker: str, work: Row, most_seconds: int, python: str = sys.executable) -> Row:
     """Medians over the rounds of one process, or why there are none."""
     folder.mkdir()
     (folder / "work.json").write_text(json.dumps(work))
-    command = [sys.executable, str(HERE / worker), str(folder / "work.json"), str(folder / "times.json")]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [python, str(HERE / worker), str(folder / "work.json"), str(folder / "times.json")]
+    variables = environment(python) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=most_seconds)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=most_seconds)
     except subprocess.TimeoutExpired:
         return {"failed": f"longer than {most_seconds} s"}
     if done.returncode:
@@ -152,18 +197,18 @@ def rows(args: argparse.Namespace, results: list[Row]) -> list[Row]:
     head |= {"rounds": args.rounds - 1}
     columns = ("case", "engine", "trainer", "repeat", "basis", "seconds_a_round", "tokens_per_s", "step", *PARTS, "failed")
     rounded = lambda value: round(value, 4) if isinstance(value, float) else value  # noqa: E731
-    return [head | {name: rounded(result.get(name, "")) for name in columns} for result in results]
+    return [head | {name: rounded(result.get(name, "")) for name in (*columns, "peer")} for result in results]
 
 
-def ratios(results: list[Row], case: str, engine: str) -> list[float]:
+def ratios(results: list[Row], case: str, engine: str, peer: str) -> list[float]:
     """Ours over the peer's, a repeat each: rounds a second where all responses are equally long, else tokens a second."""
     of = {(r["trainer"], r["repeat"]): r for r in results if (r["case"], r["engine"]) == (case, engine) and "step" in r}
     return [
-        ours["tokens_per_s"] / of["trl", repeat]["tokens_per_s"]
+        ours["tokens_per_s"] / of[peer, repeat]["tokens_per_s"]
         if case == "spread"
-        else of["trl", repeat]["seconds_a_round"] / ours["seconds_a_round"]
+        else of[peer, repeat]["seconds_a_round"] / ours["seconds_a_round"]
         for (trainer, repeat), ours in of.items()
-        if trainer == "rlsp_fast" and ("trl", repeat) in of
+        if trainer == "rlsp_fast" and (peer, repeat) in of
     ]
 
 
@@ -175,14 +220,16 @@ def show(results: list[Row]) -> None:
             mine = [r for r in results if (r["case"], r["engine"], r["trainer"]) == (case, engine, trainer)]
             good = [r for r in mine if "step" in r]
             if not good:
-                print(f"{trainer:10} failed: {mine[0]['failed']}")
+                if mine:
+                    print(f"{trainer:10} failed: {mine[0]['failed']}")
                 continue
-            names = ("step", *PARTS, "cpu", "tokens_per_s")
-            step, *parts, cpu, rate = (statistics.median(r[name] for r in good) for name in names)
-            print(f"{trainer:10}{step:9.2f}" + "".join(f"{part:10.2f}" for part in parts) + f"{cpu:9.2f}{rate:10,.0f}")
-        found = ratios(results, case, engine)
-        if found:
-            print(f"rlsp_fast / TRL: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+            names = ("step", *PARTS, "tokens_per_s")
+            step, *parts, rate = (statistics.median(r[name] for r in good) for name in names)
+            cpu = f"{statistics.median(r['cpu'] for r in good):9.2f}" if "cpu" in good[0] else f"{'-':>9}"
+            print(f"{trainer:10}{step:9.2f}" + "".join(f"{part:10.2f}" for part in parts) + f"{cpu}{rate:10,.0f}")
+        for peer, title in TITLES.items():
+            if found := ratios(results, case, engine, peer):
+                print(f"rlsp_fast / {title}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@
 #   590  step_NAME_LENGTH: 0.5 B and 1.5 B at 4k and 16k responses
 #   590  step_without_liger step_compiled step_compiled_without_liger: 1.5 B at 4k with Hugging Face's layers, torch.compile, both
 #   540  bench_step bench_step_full_size bench_colocate compare compare_transformers demo: where vLLM imports; compare needs trl
+#   590  compare_peers: the same with verl and OpenRLHF, where VERL_PYTHON or OPENRLHF_PYTHON is set
 #   540  nsys ncu: profiles of a step, where the tools are installed
 #
 # WHEELS: a folder of wheels for a machine without a package registry, installed with pip --no-index --no-deps into OUT/wheels,
@@ -23,10 +24,16 @@
 #     liger-kernel            its CuTe kernels: nvidia-cutlass-dsl, apache-tvm-ffi
 #     trl                     transformers, accelerate, datasets
 #     cut-cross-entropy
-#     verl                    transformers, tensordict; Ray is not imported
+#     verl                    transformers, tensordict; Ray is not imported by the benches of kernels
 #     quack-kernels           nvidia-cutlass-dsl, apache-tvm-ffi, torch-c-dlpack-ext, einops
 #     flash-attn              only its Triton cross entropy is used: a wheel built with FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE
 #   What is missing is left out of the benches, by name.
+# VERL_PYTHON, OPENRLHF_PYTHON: interpreters of environments with torch, vLLM and these, for the part compare_peers. Neither has
+#   run on a GPU yet:
+#     verl                    ray, hydra-core, omegaconf, antlr4-python3-runtime, TransferQueue, tensordict, torchdata, codetiming,
+#                             dill, peft, pylatexenc, msgspec, pyzmq, orjson; not beside trl 1.16
+#     openrlhf                ray, deepspeed (compiles its AdamW with nvcc), flash-attn with its CUDA library, peft, torchdata,
+#                             loralib, optree, pylatexenc, pynvml, jsonlines, torchmetrics, hjson, py-cpuinfo
 # PEERS: a folder with checkouts liger/, trl/ and verl/, for the peers_ parts.
 set -u
 cd "$(dirname "$0")/.."
@@ -97,6 +104,11 @@ if python -c 'import vllm' 2>/dev/null; then
   full_size step_compiled_without_liger Qwen2.5-1.5B 4096 model.compile=true model.layer_kernels=torch
   part compare 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 2 --problems 64 \
     --response 300 --limit 1024
+  if [ -n "${VERL_PYTHON:-}${OPENRLHF_PYTHON:-}" ]; then
+    part compare_peers 590 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 1 \
+      --problems 64 --response 300 --limit 1024 \
+      ${VERL_PYTHON:+--python "verl=$VERL_PYTHON"} ${OPENRLHF_PYTHON:+--python "openrlhf=$OPENRLHF_PYTHON"}
+  fi
   part compare_transformers 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines transformers --cases spread \
     --repeats 1 --problems 32 --response 300 --limit 512
   part demo 540 python -m rlsp_fast demo

@@ -9,3 +9,12 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 def trl_reward(completions: list[str], **columns: list) -> list[float]:
     """The same, as TRL asks for it: a batch at once."""
     return [compute_score("", text, "", {}) for text in completions]
+
+
+def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict:
+    """The same, as OpenRLHF asks for it: prompt and response are one text, in which an ended response shows its last token."""
+    import torch
+
+    texts = (query.removeprefix(prompt).removesuffix("<eos>") for query, prompt in zip(queries, prompts, strict=True))
+    scores = torch.tensor([compute_score("", text, "", {}) for text in texts])
+    return {"rewards": scores, "scores": scores}

@@ -1,4 +1,4 @@
-"""bench/compare.py gives both trainers the same work and both do it."""
+"""bench/compare.py gives rlsp_fast and TRL the same work and both do it; what it says of the trainers that need Ray."""
 
 import argparse
 import importlib.util
@@ -15,7 +15,7 @@ import random_model  # noqa: E402
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-@pytest.mark.parametrize("trainer", compare.WORKERS)
+@pytest.mark.parametrize("trainer", ["rlsp_fast", "trl"])
 def test_a_trainer_does_the_rounds_it_was_given(tmp_path, trainer, engine):
     for needed in {trainer, engine} & {"trl", "vllm"}:
         if importlib.util.find_spec(needed) is None:
@@ -29,3 +29,28 @@ def test_a_trainer_does_the_rounds_it_was_given(tmp_path, trainer, engine):
     prompts = [len(text.split()) for text in work["prompts"][4:]]  # of the second round: the first is left out
     assert 2 * (sum(prompts) + 4) <= found["tokens"] <= 2 * (sum(prompts) + 4 * 12)
     assert found["seconds_a_round"] > 0 and all(found[part] >= 0 for part in ("gen", "annotate", "update"))
+
+
+def test_a_ratio_is_printed_for_each_peer(capsys):
+    row = {"case": "spread", "engine": "vllm", "repeat": 0, "seconds_a_round": 4.0} | dict.fromkeys(
+        ("step", *compare.PARTS), 1.0
+    )
+    ours = row | {"trainer": "rlsp_fast", "tokens_per_s": 300.0, "cpu": 2.5}
+    verl = row | {"trainer": "verl", "tokens_per_s": 200.0}
+    broken = {"case": "spread", "engine": "vllm", "repeat": 0, "trainer": "openrlhf", "failed": "out of memory"}
+    compare.show([ours, verl, broken])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "rlsp_fast / verl: 1.50 (1.50 to 1.50)" and "openrlhf   failed: out of memory" in printed
+    assert [line.split()[-2] for line in printed if line.startswith(("rlsp_fast ", "verl "))][:2] == ["2.50", "-"]
+    assert compare.ratios(
+        [ours | {"case": "full"}, verl | {"case": "full", "seconds_a_round": 6.0}], "full", "vllm", "verl"
+    ) == [1.5]
+
+
+def test_a_peer_is_left_out_with_the_reason():
+    args = argparse.Namespace(engines=["transformers"], python={})
+    found = {"verl": "0.9.1", "ray": "2.60.0", "vllm": "0.32.0"}
+    assert compare.why_not("verl", {}, args) == "not installed"
+    assert compare.why_not("verl", {"verl": "0.9.1"}, args) == "verl 0.9.1 is installed, but not ray and vllm, which it runs on"
+    if not torch.cuda.is_available():
+        assert compare.why_not("verl", found, args) == "verl 0.9.1 runs on CUDA GPUs only, and there is none"
