@@ -49,18 +49,32 @@ class _Layout:
     backend: str
     cu_seqlens: Tensor
     max_seqlen: int
-    slot_T: Tensor | None
-    """sdpa only: position t's place in a (S * L) grid."""
-    num_sequences: int
+    grids: tuple[tuple[int, int], ...] = ()
+    """sdpa only: (S, L) of grids of S sequences of about one length, each padded to L places."""
+    slot_T: Tensor | None = None
+    """sdpa only: position t's place in the grids, which lie end to end."""
+
+
+ALIKE = 0.8
+"""A sequence shares a grid with one up to 1 / ALIKE times as long: padding costs at most 1.6 times its attention."""
 
 
 def _layout(batch: PackedBatch, backend: str) -> _Layout:
-    slot_T = None
-    if backend == "sdpa":
-        sequences = torch.arange(len(batch.lengths), device=batch.input_T.device)
-        sequence_T = sequences.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
-        slot_T = sequence_T * batch.max_seqlen + batch.position_ids
-    return _Layout(backend, batch.cu_seqlens, batch.max_seqlen, slot_T, len(batch.lengths))
+    if backend != "sdpa":
+        return _Layout(backend, batch.cu_seqlens, batch.max_seqlen)
+    alike: list[list[int]] = []
+    for i in sorted(range(len(batch.lengths)), key=lambda i: -batch.lengths[i]):
+        if not alike or batch.lengths[i] < ALIKE * batch.lengths[alike[-1][0]]:
+            alike.append([])
+        alike[-1].append(i)
+    grids = tuple((len(sequences), batch.lengths[sequences[0]]) for sequences in alike)
+    begins, end = [0] * len(batch.lengths), 0
+    for sequences, (_, L) in zip(alike, grids, strict=True):
+        for i in sequences:
+            begins[i], end = end, end + L
+    begin_S = torch.tensor(begins).to(batch.input_T.device, non_blocking=True)
+    begin_T = begin_S.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
+    return _Layout(backend, batch.cu_seqlens, batch.max_seqlen, grids, begin_T + batch.position_ids)
 
 
 def packed_attention(
@@ -85,7 +99,7 @@ def packed_attention(
     Returns:
         (1, T, N, H), None: what a Hugging Face attention interface returns.
     Cost: flash_attn and varlen do no padded work. sdpa pads queries, keys and values (nothing else) to the longest
-        sequence: S * L * L instead of the sum of squared lengths.
+        of the sequences that are about as long.
     """
     q_TNH, k_TNH, v_TNH = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     window = (sliding_window - 1, 0) if sliding_window and sliding_window < packed.max_seqlen else (-1, 0)
@@ -124,27 +138,42 @@ def _varlen(
     return varlen_attn(q_TNH, k_TNH, v_TNH, cu, cu, longest, longest, **options)
 
 
+@torch.compiler.disable  # the grids are other ones in every batch
 def _sdpa(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packed: _Layout, scaling: float | None,
     window: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    S, L, slot_T = packed.num_sequences, packed.max_seqlen, packed.slot_T
+    out = _of_grids(q_TNH, k_TNH, v_TNH, packed, scaling, window)
+    out_PNH = out[0] if len(out) == 1 else torch.cat(out)  # what was padded for it is gone
+    return out_PNH.index_select(0, packed.slot_T)
 
-    def padded(x_TNH: Tensor) -> Tensor:
-        N, H = x_TNH.shape[1:]
-        x_SLNH = x_TNH.new_zeros(S * L, N, H).index_copy(0, slot_T, x_TNH).view(S, L, N, H)
-        return x_SLNH.transpose(1, 2)
 
-    # Padding follows its sequence, so causal attention alone keeps every real position from seeing it.
-    mask = None
-    if window[0] >= 0:
-        distance = torch.arange(L, device=slot_T.device)[:, None] - torch.arange(L, device=slot_T.device)
-        mask = (distance >= 0) & (distance <= window[0])
+def _of_grids(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packed: _Layout, scaling: float | None,
+    window: tuple[int, int],
+) -> list[Tensor]:  # fmt: skip
+    """(S * L, N, H) of every grid."""
     gqa = q_TNH.shape[1] != k_TNH.shape[1]
-    out_SNLH = F.scaled_dot_product_attention(
-        padded(q_TNH), padded(k_TNH), padded(v_TNH), mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-    )
-    return out_SNLH.transpose(1, 2).reshape(S * L, *q_TNH.shape[1:]).index_select(0, slot_T)
+    out = []
+    for (_, L), *qkv_SNLH in zip(packed.grids, *(_padded(x, packed) for x in (q_TNH, k_TNH, v_TNH)), strict=True):
+        mask = None
+        if 0 <= window[0] < L - 1:
+            place = torch.arange(L, device=q_TNH.device)
+            distance = place[:, None] - place
+            mask = (distance >= 0) & (distance <= window[0])
+        # Padding follows its sequence, so causal attention alone keeps every real position from seeing it.
+        out_SNLH = F.scaled_dot_product_attention(*qkv_SNLH, mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
+        out.append(out_SNLH.transpose(1, 2).flatten(0, 1))
+    return out
+
+
+def _padded(x_TNH: Tensor, packed: _Layout) -> list[Tensor]:
+    """(S, N, L, H) of every grid."""
+    N, H = x_TNH.shape[1:]
+    sizes = [S * L for S, L in packed.grids]
+    x_PNH = x_TNH.new_zeros(sum(sizes), N, H).index_copy_(0, packed.slot_T, x_TNH)
+    parts = x_PNH.split(sizes)  # one gradient for all, where slices would have one each
+    return [part.view(S, L, N, H).transpose(1, 2) for part, (S, L) in zip(parts, packed.grids, strict=True)]
 
 
 # No mask function of that name is registered: Hugging Face then makes no mask, and does not ask the device, at every forward,

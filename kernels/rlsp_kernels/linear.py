@@ -18,9 +18,9 @@ from rlsp_kernels.kl import KLKind
 from rlsp_kernels.logprob_entropy import (
     LN2,
     check_scaling,
+    logprob_entropy_blocks,
     logprob_entropy_grad,
     logprob_entropy_launch,
-    logprob_entropy_torch,
     merge_ranks,
     row_numbers,
 )
@@ -175,8 +175,8 @@ def _row_stats(
     if triton_:
         parts = logprob_entropy_launch(logits_CV, token_C, temperature, softcap, scale, need_entropy, first_token)
     else:
-        parts = logprob_entropy_torch(
-            logits_CV, token_C, temperature=temperature, softcap=softcap, logit_scale=scale, need_entropy=need_entropy,
+        parts = logprob_entropy_blocks(
+            logits_CV, token_C, temperature, softcap=softcap, logit_scale=scale, need_entropy=need_entropy,
             first_token=None if group is None else first_token,
         )  # fmt: skip
     if group is None:

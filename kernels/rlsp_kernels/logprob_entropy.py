@@ -4,13 +4,15 @@ Axes: T packed tokens, V vocabulary. Log-probabilities and entropies are in nats
 Order of this file: definition, device functions, kernels, launchers, ops, public function.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, ROW_ALIGN, Backend, blocks, check_device, runs_triton, tile_shape
+from rlsp_kernels.backend import LAUNCH, ROW_ALIGN, Backend, blocks, check_device, row_blocks, runs_triton, tile_shape
 
 LN2: tl.constexpr = tl.constexpr(0.6931471824645996)
 LN2_LOW: tl.constexpr = tl.constexpr(-1.904654299957768e-09)  # what the float32 above lacks
@@ -505,6 +507,22 @@ def logprob_entropy_grad_launch(
     )  # fmt: skip
 
 
+def logprob_entropy_blocks(
+    logits_TV: Tensor, token_T: Tensor, temperature: float | Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob_entropy_torch, not differentiable, a few rows at a time on a CPU."""
+    parts = [
+        logprob_entropy_torch(logits_TV[rows], token_T[rows], temperature=_of_rows(temperature, rows), **options)
+        for rows in row_blocks(logits_TV)
+    ]
+    logprob_T, entropy_T, stats_2T = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+    return logprob_T, entropy_T, stats_2T
+
+
+def _of_rows(x: float | Tensor, rows: slice) -> float | Tensor:
+    return x[rows] if isinstance(x, Tensor) else x
+
+
 # --- ops --------------------------------------------------------------------------------------
 
 
@@ -523,7 +541,7 @@ def _logprob_entropy_op(
     scale = temperature if temperature_T is None else temperature_T
     if runs_triton(backend, logits_TV):
         return logprob_entropy_launch(logits_TV, token_T, scale, softcap, 1.0, need_entropy)
-    return logprob_entropy_torch(logits_TV, token_T, temperature=scale, softcap=softcap, need_entropy=need_entropy)
+    return logprob_entropy_blocks(logits_TV, token_T, scale, softcap=softcap, need_entropy=need_entropy)
 
 
 @_logprob_entropy_op.register_fake
@@ -554,12 +572,13 @@ def logprob_entropy_grad(
             dlogits_TV, dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T, temperature, softcap, logit_scale,
             first_token,
         )  # fmt: skip
-    else:
-        grad_TV = logprob_entropy_grad_torch(
-            dlogprob_T, dentropy_T, logits_TV, token_T, entropy_T, stats_2T,
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, first_token=first_token,
+        return
+    for rows in row_blocks(logits_TV):
+        dlogits_TV[rows] = logprob_entropy_grad_torch(
+            dlogprob_T[rows], None if dentropy_T is None else dentropy_T[rows], logits_TV[rows], token_T[rows], entropy_T[rows],
+            stats_2T[:, rows], temperature=_of_rows(temperature, rows), softcap=softcap, logit_scale=logit_scale,
+            first_token=first_token,
         )  # fmt: skip
-        dlogits_TV.copy_(grad_TV)
 
 
 @torch.library.custom_op("rlsp_kernels::logprob_entropy_grad", mutates_args=())

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsp_kernels.backend import LAUNCH, Backend, check_device, runs_triton, scale_, scaled, tile_shape
+from rlsp_kernels.backend import LAUNCH, Backend, check_device, row_blocks, runs_triton, scale_, scaled, tile_shape
 from rlsp_kernels.kl import (
     KL_KINDS,
     LOG_RATIO_BOUND,
@@ -449,20 +449,11 @@ def ppo_rows(
     """Writes the columns of these rows, and their gradient where dlogits_TV (which may be logits_TV) is given."""
     need_entropy = need_entropy or clip.entropy_coef != 0
     if not triton_:
-        scaling = {
-            "temperature": temperature if tokens.temperature_T is None else tokens.temperature_T,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-        }
-        token_T = torch.where(tokens.weight_T != 0, tokens.token_T, 0)  # one left out may be no token at all: -100
-        logprob_T, entropy_T, stats_2T = logprob_entropy_torch(logits_TV, token_T, need_entropy=need_entropy, **scaling)
-        columns, g_T, g_entropy_T = policy_terms_torch(logprob_T, entropy_T, *tokens[1:6], clip)
-        columns_CT.copy_(columns)
-        if dlogits_TV is not None:
-            grad_TV = logprob_entropy_grad_torch(
-                g_T, g_entropy_T if clip.entropy_coef else None, logits_TV, token_T, entropy_T, stats_2T, **scaling
-            )
-            dlogits_TV.copy_(grad_TV)
+        for rows in row_blocks(logits_TV):
+            _ppo_rows_torch(
+                logits_TV[rows], None if dlogits_TV is None else dlogits_TV[rows], columns_CT[:, rows], tokens.rows(rows), clip,
+                temperature, softcap, logit_scale, need_entropy,
+            )  # fmt: skip
         return
     T, V = logits_TV.shape
     # The soft-cap's arithmetic spills where a thread holds two vectors.
@@ -477,6 +468,33 @@ def ppo_rows(
         KL_KIND=KL_KINDS.index(clip.kl_kind) + 1,
         ROWS=rows, THREADS=threads, VECTOR=vector, num_warps=threads // 32, **LAUNCH,
     )  # fmt: skip
+
+
+def _ppo_rows_torch(
+    logits_TV: Tensor,
+    dlogits_TV: Tensor | None,
+    columns_CT: Tensor,
+    tokens: PerToken,
+    clip: Clip,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    need_entropy: bool,
+) -> None:
+    scaling = {
+        "temperature": temperature if tokens.temperature_T is None else tokens.temperature_T,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    token_T = torch.where(tokens.weight_T != 0, tokens.token_T, 0)  # one left out may be no token at all: -100
+    logprob_T, entropy_T, stats_2T = logprob_entropy_torch(logits_TV, token_T, need_entropy=need_entropy, **scaling)
+    columns, g_T, g_entropy_T = policy_terms_torch(logprob_T, entropy_T, *tokens[1:6], clip)
+    columns_CT.copy_(columns)
+    if dlogits_TV is not None:
+        grad_TV = logprob_entropy_grad_torch(
+            g_T, g_entropy_T if clip.entropy_coef else None, logits_TV, token_T, entropy_T, stats_2T, **scaling
+        )
+        dlogits_TV.copy_(grad_TV)
 
 
 def empty_columns(T: int, like: Tensor) -> Tensor:
