@@ -22,8 +22,8 @@ one, and the column `peer` has the versions that it ran with. Neither has made a
 What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens a
 round differ by some per cent; the ratio is of tokens a second for `spread`); rlsp_fast keeps float32 masters under FSDP2, TRL
 bare float32 weights under accelerate; TRL computes the entropy of every token for its log; rlsp_fast compares the engine's
-probabilities with the trainer's at every step and verifies every push, the others do neither. On a CPU vLLM runs TRL's model
-compiled and rlsp_fast's not, each as its trainer starts it, and multiplies with unpacked weights for both (compare_engine.py).
+probabilities with the trainer's at every step and verifies every push, the others do neither. On a CPU vLLM multiplies with
+unpacked weights for both (compare_engine.py), and TRL's is told the dtype, which else would be bfloat16 for a float32 model.
 Of verl and OpenRLHF only wall-clock seconds are known; compare_verl.py and compare_openrlhf.py say what else differs.
 """
 

@@ -50,6 +50,7 @@ def recipe(work: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
         },
         "rollout": {
             "engine": work["engine"],
+            "enforce_eager": False,  # on a CPU too, as TRL has it
             "n": work["n"],
             "temperature": work["temperature"],
             "max_response_length": work["max_response_length"],

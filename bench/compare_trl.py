@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from datasets import Dataset
 from length_reward import trl_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_generation
 
 
 class Clock(TrainerCallback):
@@ -66,6 +68,8 @@ def main() -> None:
     work, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     if work["engine"] == "vllm":
         compare_engine.keep_loadable()
+        # TRL names no dtype, and vLLM then takes bfloat16 for a float32 model.
+        vllm_generation.LLM = partial(vllm_generation.LLM, dtype=work["dtype"])
     sequences = work["mini_batch_size"] * work["n"]
     updates = work["batch_size"] // work["mini_batch_size"]
     config = GRPOConfig(

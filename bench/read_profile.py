@@ -86,7 +86,10 @@ def read(path: Path) -> tuple[list[Span], list[Span]]:
     else:
         raise ProfileError("want an SQLite file (nsys export --type=sqlite) or a torch.profiler trace (.json or .json.gz)")
     if not phases:
-        raise ProfileError("no ranges of rlsp_fast in it: was it taken within rlsp_fast's steps, with NVTX traced?")
+        raise ProfileError(
+            "no ranges of rlsp_fast in it: was it taken within rlsp_fast's steps, with NVTX traced? nsys 2022.4 records "
+            "nothing from the package nvtx since 0.2.14: take a newer nsys, or nvtx 0.2.11"
+        )
     return phases, work
 
 

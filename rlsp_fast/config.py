@@ -99,8 +99,8 @@ class RolloutConfig(_Section):
     """KV cache per rank, GiB. auto: what `rlsp plan` leaves. Unset: as gpu_memory_utilization says. On a CPU both are 1."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of a GPU's memory that vLLM may fill while awake. Ignored on a CPU."""
-    enforce_eager: bool = False
-    """No CUDA graphs and no torch.compile in vLLM: starts faster, decodes slower."""
+    enforce_eager: bool | Literal["auto"] = "auto"
+    """No CUDA graphs and no torch.compile in vLLM: starts faster, decodes slower. auto: on a CPU."""
     sleep_level: Literal[1, 2] = 2
     """While training: 1 keeps vLLM's weights in host memory, 2 drops them (they are pushed anew anyway)."""
     max_probs_diff: Annotated[float, Field(gt=0, le=1)] | None = None

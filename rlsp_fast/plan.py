@@ -424,7 +424,7 @@ def engine_workspace(job: Job) -> int:
 
 def _graphs(job: Job) -> int:
     rollout = job.config.rollout
-    return 0 if rollout.enforce_eager or rollout.engine == "transformers" else int(job.assumed.cuda_graphs_gib * GIB)
+    return 0 if rollout.enforce_eager is True or rollout.engine == "transformers" else int(job.assumed.cuda_graphs_gib * GIB)
 
 
 def _tp_nccl(job: Job) -> int:

@@ -143,7 +143,8 @@ def make_engine(config: Config, path: str, tokenizer: PreTrainedTokenizerBase, d
         log.info("rollout engine: transformers (%s)", why_not if rollout.engine == "auto" else "asked for")
         return TransformersEngine(config, path, tokenizer, device)
     engine = VLLMEngine(config, path, tokenizer, device)
-    log.info("rollout engine: vLLM %s in process, tensor parallel %d", engine.version, tp)
+    how = "eager" if engine.eager else "compiled"
+    log.info("rollout engine: vLLM %s in process, %s, tensor parallel %d", engine.version, how, tp)
     return engine
 
 
@@ -285,6 +286,7 @@ class VLLMEngine(Engine):
         self.version = vllm.__version__
         self.tokenizer = tokenizer
         self.level = rollout.sleep_level
+        self.eager: bool = not self.on_gpu if rollout.enforce_eager == "auto" else rollout.enforce_eager
         self.eos_ids = eos_ids(path, tokenizer)
         options: dict[str, Any] = {}
         if self.on_gpu:
@@ -308,7 +310,7 @@ class VLLMEngine(Engine):
             distributed_executor_backend="external_launcher",
             max_model_len=config.data.max_prompt_length + rollout.max_response_length,
             max_num_seqs=rollout.max_num_seqs,
-            enforce_eager=rollout.enforce_eager or not self.on_gpu,
+            enforce_eager=self.eager,
             enable_chunked_prefill=self.on_gpu,  # on a CPU a request with a seed fails when its prompt is read in parts
             logprobs_mode="processed_logprobs",  # the trainer needs the distribution that was sampled, temperature in it
             generation_config="vllm",  # a model's own top_k or repetition penalty would change that distribution

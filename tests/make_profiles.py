@@ -1,8 +1,10 @@
-"""Made the small profiles that tests/test_read_profile.py reads: `python tests/make_profiles.py [TRACE]`.
+"""Made the small profiles that tests/test_read_profile.py reads: `python tests/make_profiles.py [TRACE [EXPORT]]`.
 
 profile_nsys.sqlite is ours from the first byte: the tables and columns that nsys documents for its SQLite export, filled with a
 step short enough to check by hand. No GPU has been near it. profile_torch.json.gz is cut from TRACE, which torch.profiler wrote
 around a real step on a CPU (bench/profile_run.py --trace): the events of two phases, with what read_profile.py looks at.
+profile_nsys_cpu.sqlite is cut from EXPORT, which nsys 2022.4.2 wrote of two steps on a CPU: its own tables of NVTX ranges and
+strings, the rows of rlsp_fast alone. There are no kernels in it.
 """
 
 import gzip
@@ -49,6 +51,8 @@ def main() -> None:
     make_nsys(HERE / "profile_nsys.sqlite")
     if len(sys.argv) > 1:
         cut_trace(Path(sys.argv[1]), HERE / "profile_torch.json.gz")
+    if len(sys.argv) > 2:
+        cut_export(Path(sys.argv[2]), HERE / "profile_nsys_cpu.sqlite")
 
 
 def make_nsys(path: Path) -> None:
@@ -63,6 +67,19 @@ def make_nsys(path: Path) -> None:
         db.executemany("INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (?, ?, ?, ?, ?, ?, ?)", kernels)
         copies = [(start, end, 0, *rest) for start, end, *rest in COPIES]
         db.executemany("INSERT INTO CUPTI_ACTIVITY_KIND_MEMCPY VALUES (?, ?, ?, ?, ?, ?)", copies)
+
+
+def cut_export(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    with sqlite3.connect(target) as db:
+        db.execute("PRAGMA page_size = 512")
+        db.execute("ATTACH ? AS source", (str(source),))
+        for name in ("StringIds", "NVTX_EVENTS"):
+            (create,) = db.execute("SELECT sql FROM source.sqlite_master WHERE name = ?", (name,)).fetchone()
+            db.execute(create)
+        domain = "SELECT domainId FROM source.NVTX_EVENTS WHERE eventType = 75 AND text = 'rlsp_fast'"
+        db.execute(f"INSERT INTO NVTX_EVENTS SELECT * FROM source.NVTX_EVENTS WHERE domainId IN ({domain})")
+        db.execute("INSERT INTO StringIds SELECT * FROM source.StringIds WHERE id IN (SELECT textId FROM NVTX_EVENTS)")
 
 
 def cut_trace(source: Path, target: Path) -> None:

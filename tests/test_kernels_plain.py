@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from rlsp_kernels import (
+    backend,
     kl_penalty,
     linear_logprob_entropy,
     linear_ppo_loss,
@@ -345,6 +346,26 @@ def test_linear_logprob_entropy_equals_the_one_on_logits_with_its_gradients(budg
         strict=True,
     ):
         torch.testing.assert_close(x, truth, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11])
+@pytest.mark.parametrize("temperature", [0.9, torch.linspace(0.5, 2, 11)], ids=["one temperature", "temperature per token"])
+def test_a_few_rows_at_a_time_give_the_bits_of_all_at_once(monkeypatch, rows, temperature):
+    logits_TV, token_T = draw(11, 13, seed=4).requires_grad_(), tokens(11, 13)
+    old_T, ref_T, weight_T = draw(11, seed=1) - 3, draw(11, seed=3) - 3, of(1, 0, 2, 1, 1, 0, 1, 3, 1, 1, 1)
+    options = {"dual_clip": 1.3, "ref_logprob_T": ref_T, "kl_coef": 0.2, "entropy_coef": 0.05, "temperature": temperature}
+
+    def found():
+        logprob_T, entropy_T = logprob_entropy(logits_TV, token_T, temperature=temperature)
+        loss, metrics = ppo_loss(logits_TV, token_T, old_T, draw(11, seed=2), weight_T, inplace=False, **options)
+        gradients = [torch.autograd.grad(x, logits_TV)[0] for x in ((logprob_T * old_T - entropy_T).sum(), loss)]
+        return torch.stack([logprob_T, entropy_T]), torch.stack([loss.double(), *metrics]), *gradients
+
+    whole = found()
+    monkeypatch.setattr(backend, "CPU_BLOCK", rows * 13 * 4)
+    assert backend.row_blocks(logits_TV)[0] == slice(0, rows)
+    for x, expected in zip(found(), whole, strict=True):
+        assert torch.equal(x, expected)
 
 
 def test_linear_ppo_loss_equals_the_one_on_logits_with_its_gradients(budget):

@@ -231,6 +231,16 @@ def test_no_gradient_crosses_from_one_sequence_to_another(folder, device):
     assert [bool(part.any()) for part in parts] == [s == 3 for s in range(len(PAIRS))]
 
 
+def test_sdpa_pads_sequences_to_those_of_about_their_length_alone():
+    lengths = (10, 100, 50, 9, 81, 79)
+    batch = pack([((3,) * n, (4,)) for n in lengths])
+    layout = model._layout(batch, "sdpa")
+    assert layout.grids == ((2, 100), (1, 79), (1, 50), (2, 10))
+    begins = layout.slot_T[batch.cu_seqlens[:-1]].tolist()
+    assert begins == [329, 0, 279, 339, 100, 200]
+    assert torch.equal(layout.slot_T, torch.cat([torch.arange(b, b + n) for b, n in zip(begins, lengths, strict=True)]))
+
+
 def test_the_order_and_company_of_sequences_does_not_matter(folder, device):
     policy = build(Policy, tiny.save_model(folder, "qwen2"), device)
     together = logprobs(policy, PAIRS).split(pack(PAIRS).lengths)

@@ -1,4 +1,4 @@
-"""bench/read_profile.py on two small profiles that make_profiles.py made: an nsys export by hand, a real trace of torch."""
+"""bench/read_profile.py on small profiles that make_profiles.py made: nsys exports by hand and cut, a trace of torch cut."""
 
 import subprocess
 import sys
@@ -46,6 +46,15 @@ def test_copies_say_their_direction_and_size(nsys):
 
 def test_top_kernels_are_summed_over_their_calls(nsys):
     assert nsys["update_actor"]["kernels"] == "gemm 15.000 ms x3; ncclDevKernel_AllGather 4.000 ms x1"
+
+
+def test_an_export_that_nsys_wrote_on_a_cpu_has_all_phases_and_no_kernels():
+    rows = {row["phase"]: row for row in read_profile.table(*read_profile.read(HERE / "profile_nsys_cpu.sqlite"))}
+    walk = ("gen", "reward", "pack", "sleep", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
+    assert [name for name in rows if name in walk] == list(walk)
+    assert all(rows[name]["times"] == (4 if "update" in name else 2) for name in walk)  # two steps of two mini-batches
+    assert rows["gen"]["wall_ms"] > rows["swap/generate"]["wall_ms"] > 0.99 * rows["gen"]["wall_ms"]  # one within the other
+    assert all(row["busy"] == 0 and row["gaps_ms"] == row["wall_ms"] and not row["kernels"] for row in rows.values())
 
 
 def test_a_trace_of_torch_on_a_cpu_has_phases_operators_and_gaps():
