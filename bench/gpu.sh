@@ -17,7 +17,7 @@
 #   590  step_without_liger step_compiled step_compiled_without_liger: 1.5 B at 4k with Hugging Face's layers, torch.compile, both
 #   540  bench_step bench_step_full_size bench_colocate compare compare_transformers demo: where vLLM imports; compare needs trl
 #   590  compare_peers: the same with verl and OpenRLHF, where VERL_PYTHON or OPENRLHF_PYTHON is set
-#   540  nsys ncu: profiles of a step, where the tools are installed
+#   540  nsys ncu read_ncu: profiles of a step, where the tools are installed, and the table of our kernels
 #
 # WHEELS: a folder of wheels for a machine without a package registry, installed with pip --no-index --no-deps into OUT/wheels,
 #   which goes on PYTHONPATH, ahead of what is installed. The peers' distributions and what they need beside torch and triton:
@@ -119,6 +119,9 @@ if command -v nsys >/dev/null || command -v ncu >/dev/null; then
   python bench/random_model.py Qwen2.5-0.5B outputs/gpu-model --response 256 >/dev/null 2>&1
 fi
 if command -v nsys >/dev/null; then OUT="$out/nsys" part nsys 540 bash bench/profile_nsys.sh demo $profiled; fi
-if command -v ncu >/dev/null; then OUT="$out/ncu" part ncu 540 bash bench/profile_ncu.sh demo $profiled; fi
+if command -v ncu >/dev/null; then
+  OUT="$out/ncu" part ncu 540 bash bench/profile_ncu.sh demo $profiled
+  part read_ncu 60 python bench/read_ncu.py "$out/ncu/rank0.csv" --append
+fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 printf '%s\n' "${summary[@]}"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Nsight Compute of one phase's kernels in one step of a recipe, one report a rank:
-#   [PHASE=update_actor] [KERNELS=regex:.] [COUNT=40] [STEP=3] [NPROC=1] [OUT=outputs/ncu] bash bench/profile_ncu.sh RECIPE [key=value ...]
-# Every kernel is run many times over, so the step takes minutes: COUNT bounds the kernels. Writes OUT/rank0.ncu-rep and a summary
-# (duration, registers, occupancy, shares of compute and memory throughput) in OUT/rank0.csv. PHASE is a name of docs/metrics.md's
-# timing_s/<phase>; KERNELS picks by name, for instance regex:ppo_loss.
+# Nsight Compute of kernels in one step of a recipe, one report a rank, and the table of those that took most:
+#   [KERNELS=REGEX] [PHASE=NAME] [COUNT=60] [STEP=3] [NPROC=1] [OUT=outputs/ncu] bash bench/profile_ncu.sh RECIPE [key=value ...]
+# Every kernel is run many times over, so the step takes minutes: COUNT bounds the launches. KERNELS picks by name; unset: ours.
+# PHASE, a name of docs/metrics.md's timing_s/<phase>, keeps to that phase; unset: the whole step. Writes OUT/rank0.ncu-rep, its
+# numbers in OUT/rank0.csv, and OUT/rank0.txt as read_ncu.py prints it.
 set -eu
 cd "$(dirname "$0")/.."
 out=${OUT:-outputs/ncu}
@@ -13,12 +13,13 @@ command -v ncu >/dev/null || {
   exit 1
 }
 export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
+ours='^_?(logprob_entropy|logprob_entropy_grad|ppo_loss|reduce|value_loss|kl_penalty|scale|packed_gae)_kernel'
+metrics=$(cd bench && python -c 'import read_ncu; print(",".join(read_ncu.METRICS))')
 torchrun --nproc-per-node "${NPROC:-1}" --no-python \
-  ncu --profile-from-start off --nvtx --nvtx-include "rlsp_fast@${PHASE:-update_actor}/" --kernel-name "${KERNELS:-regex:.}" \
-  --launch-count "${COUNT:-40}" --set full --force-overwrite --export "$out/rank%q{RANK}" \
+  ncu --profile-from-start off --nvtx ${PHASE:+--nvtx-include "rlsp_fast@$PHASE/"} --kernel-name "regex:${KERNELS:-$ours}" \
+  --launch-count "${COUNT:-60}" --set full --metrics "$metrics" --force-overwrite --export "$out/rank%q{RANK}" \
   python bench/profile_run.py "$1" --first "${STEP:-3}" --last "${STEP:-3}" "output.dir=$out/run" "${@:2}"
 for report in "$out"/rank*.ncu-rep; do
-  ncu --import "$report" --csv --page raw --metrics \
-    gpu__time_duration.sum,launch__registers_per_thread,sm__warps_active.avg.pct_of_peak_sustained_active,sm__throughput.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed \
-    >"${report%.ncu-rep}.csv"
+  ncu --import "$report" --csv --page raw --print-units base --metrics "$metrics" >"${report%.ncu-rep}.csv"
+  python bench/read_ncu.py "${report%.ncu-rep}.csv" | tee "${report%.ncu-rep}.txt"
 done

@@ -18,7 +18,8 @@ def main() -> None:
     (ROOT / "docs" / "config.md").write_text(head + config.reference())
     readme = (ROOT / "README.md").read_text()
     readme = fill(readme, "demo table", demo())
-    readme = fill(readme, "bench tables", "\n\n".join((compare(), step(), full_size(), ops(), packing(), host(), rest())))
+    tables = (compare(), step(), full_size(), ncu(), ops(), packing(), host(), rest())
+    readme = fill(readme, "bench tables", "\n\n".join(tables))
     (ROOT / "README.md").write_text(readme)
     plot_compare(ROOT / "docs" / "throughput.png")
     (ROOT / "docs" / "scaling.md").write_text(scaling())
@@ -295,6 +296,18 @@ def full_size() -> str:
     lines = ["| architecture | engine | settings | " + " | ".join(columns) + " |", "| --- |" + " --- |" * (2 + len(columns))]
     lines += [f"| {' | '.join(r[k] for k in ('architecture', 'engine', 'overrides', *columns))} |" for r in rows]
     return "\n".join([*lines, "", f"{where(rows[-1])} `bash bench/gpu.sh`"])
+
+
+def ncu() -> str:
+    """A line a kernel of ours, as bench/read_ncu.py found it."""
+    rows = newest("ncu", "device", "kernel")
+    if not rows:
+        return "Bandwidth and tensor-pipe use of our kernels within a step: not measured (`bash bench/profile_ncu.sh`)."
+    columns = {"kernel": "kernel", "calls": "calls", "ms": "ms", "gb_s": "GB/s", "dram": "DRAM, %", "tensor": "tensor pipe, %"}
+    lines = [f"| {' | '.join(columns.values())} |", "| --- |" + " --- |" * (len(columns) - 1)]
+    lines += [f"| {' | '.join(r[k] for k in columns)} |" for r in rows]
+    r = rows[-1]
+    return "\n".join([*lines, "", f"{r['device']}, torch {r['torch']}, commit {r['commit']}. `bash bench/profile_ncu.sh`"])
 
 
 def ops() -> str:

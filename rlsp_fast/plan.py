@@ -70,7 +70,7 @@ class Assumed:
     cuda_context_gib: float = _say(0.75, "GiB: CUDA context, loaded kernels and cuBLAS workspaces of one process")
     nccl_gib: float = _say(0.4, "GiB: NCCL's buffers, per communicator of the trainer")
     tp_nccl_gib: float = _say(1.0, "GiB: vLLM's communicator and all-reduce buffers with tensor parallelism; kept while asleep")
-    cuda_graphs_gib: float = _say(1.0, "GiB: vLLM's CUDA graphs; kept while asleep; 0 with rollout.enforce_eager")
+    cuda_graphs_gib: float = _say(1.0, "GiB: vLLM's CUDA graphs; kept while asleep; 0 with rollout.enforce_eager=true")
     vllm_residue_gib: float = _say(0.5, "GiB: what else vLLM keeps while asleep")
     vllm_batched_tokens: int = _say(16384, "tokens: vLLM's max_num_batched_tokens, for which it reserves activations")
     headroom_gib: float = _say(2.0, "GiB: kept free, since the driver shows less than the data sheet and a plan errs")

@@ -8,6 +8,7 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "bench"))
+import read_ncu  # noqa: E402
 import read_profile  # noqa: E402
 
 
@@ -79,3 +80,33 @@ def test_another_file_is_refused_with_what_was_wanted(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "want an SQLite file (nsys export --type=sqlite) or a torch.profiler trace" in done.stderr
+
+
+def ncu_csv(path, rows, columns=read_ncu.METRICS):
+    """As `ncu --csv --page raw --print-units base` prints it: a message, names, units, a row a launch."""
+    head = ["ID", "Kernel Name", *columns]
+    lines = [head, ["", "", *("" for _ in columns)], *([str(i), *row] for i, row in enumerate(rows))]
+    quoted = [",".join(f'"{value}"' for value in line) for line in lines]
+    path.write_text("\n".join(["==WARNING== something", *quoted]) + "\n")
+    return path
+
+
+def test_launches_of_a_kernel_count_together_weighted_with_their_time(tmp_path):
+    # time in ns, bytes, registers, then shares: DRAM, tensor, SM, warps
+    rows = [
+        ("_ppo_loss_kernel", "1,000,000", "3,000,000,000", "64", "80.0", "0", "50", "100"),
+        ("_ppo_loss_kernel", "3,000,000", "3,000,000,000", "66", "40.0", "0", "10", "100"),
+        ("void rlsp::packed_gae_kernel<1, 256>(Problem, int)", "5,000,000", "10,000,000,000", "110", "60", "1.5", "20", "25"),
+    ]
+    gae, loss = read_ncu.table(read_ncu.read(ncu_csv(tmp_path / "rank0.csv", rows)))
+    assert (gae["kernel"], gae["calls"], gae["ms"], gae["gb_s"], gae["tensor"]) == ("packed_gae_kernel", 1, 5.0, 2000.0, 1.5)
+    assert (loss["kernel"], loss["calls"], loss["ms"], loss["registers"]) == ("_ppo_loss_kernel", 2, 4.0, 66)
+    assert (loss["gb_s"], loss["dram"], loss["sm"]) == (1500.0, 50.0, 20.0)
+
+
+def test_a_page_of_ncu_without_launches_or_metrics_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no kernel in it"):
+        read_ncu.read(ncu_csv(tmp_path / "empty.csv", []))
+    other = ncu_csv(tmp_path / "other.csv", [("k", "1")], columns=read_ncu.METRICS[:1])
+    with pytest.raises(ValueError, match=r"no dram__bytes\.sum"):
+        read_ncu.read(other)
