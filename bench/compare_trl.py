@@ -51,7 +51,9 @@ class Clock(TrainerCallback):
             start = time.perf_counter()
             out = method(*args, **kwargs)
             synchronize()
-            self.row[phase] += time.perf_counter() - start
+            self.row[phase] = self.row.get(phase, 0.0) + time.perf_counter() - start
+            if phase == "push":  # which TRL does as it begins to generate
+                self.row["gen"] -= self.row.pop(phase)
             if phase == "gen":
                 self.row["tokens"] += sum(map(len, args[0])) + sum(map(len, out[0]))
             return out
@@ -120,6 +122,8 @@ def main() -> None:
         "train": "training_step",
     }.items():
         setattr(trainer, method, clock.timed(phase, getattr(trainer, method)))
+    if work["engine"] == "vllm":
+        trainer.vllm_generation.sync_weights = clock.timed("push", trainer.vllm_generation.sync_weights)
     trainer.train()
     out.write_text(json.dumps(clock.rows))
 

@@ -47,7 +47,8 @@ def main() -> None:
 
 def rows(log: Log) -> list[dict[str, float]]:
     """A row a round, from what verl logged."""
-    seconds = {name.removeprefix("timing_s/"): log[name] for name in log if name.startswith("timing_s/")}
+    parts = ("step", "gen", "reward", "old_log_prob", "ref", "adv", "update_actor")
+    seconds = {name: log[f"timing_s/{name}"] for name in parts if f"timing_s/{name}" in log}
     tokens = log["perf/total_num_tokens"]
     found: list[dict[str, float]] = []
     for i, (logged, num_tokens) in enumerate(tokens):

@@ -28,12 +28,13 @@
 #     quack-kernels           nvidia-cutlass-dsl, apache-tvm-ffi, torch-c-dlpack-ext, einops
 #     flash-attn              only its Triton cross entropy is used: a wheel built with FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE
 #   What is missing is left out of the benches, by name.
-# VERL_PYTHON, OPENRLHF_PYTHON: interpreters of environments with torch, vLLM and these, for the part compare_peers. Neither has
-#   run on a GPU yet:
+# VERL_PYTHON, OPENRLHF_PYTHON: interpreters of environments with torch, vLLM and these, for the part compare_peers:
 #     verl                    ray, hydra-core, omegaconf, antlr4-python3-runtime, TransferQueue, tensordict, torchdata, codetiming,
-#                             dill, peft, pylatexenc, msgspec, pyzmq, orjson; not beside trl 1.16
+#                             dill, peft, pylatexenc, msgspec, pyzmq, orjson, tensorboard, datasets, pandas, pyarrow; not beside
+#                             trl 1.16
 #     openrlhf                ray, deepspeed (compiles its AdamW with nvcc), flash-attn with its CUDA library, peft, torchdata,
-#                             loralib, optree, pylatexenc, pynvml, jsonlines, torchmetrics, hjson, py-cpuinfo
+#                             loralib, optree, pylatexenc, pynvml, jsonlines, torchmetrics, hjson, py-cpuinfo, tensorboard,
+#                             datasets
 # PEERS: a folder with checkouts liger/, trl/ and verl/, for the peers_ parts.
 set -u
 cd "$(dirname "$0")/.."
@@ -84,15 +85,14 @@ if python -c 'import trl' 2>/dev/null; then part bench_trl_grpo 540 python bench
 if python -c 'import vllm' 2>/dev/null; then
   part bench_step 540 python bench/bench_step.py --engines vllm transformers
   part bench_colocate 540 python bench/bench_colocate.py
-  # Policy, critic, reference and their Adam moments of 1.5 B parameters fit one GPU of 80 GB.
-  part bench_step_full_size 540 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 512 --idle --engines vllm --steps 3 \
-    --rounds 1 model.dtype=bfloat16 rollout.max_response_length=1024 train.batch_size=64 train.mini_batch_size=32 \
-    train.max_tokens_per_micro_batch=16384 rollout.kv_cache_gib=20
   # The step table. Where memory is short of what `rlsp plan` finds for 17,408 tokens of 1.5 B parameters beside two Adam states,
   # about 100 GiB, layers are recomputed, which lowers MFU.
   recompute=$([ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -1)" -lt 120000 ] && echo true || echo false)
+  part bench_step_full_size 540 python bench/bench_step.py --architecture Qwen2.5-1.5B --response 512 --idle --engines vllm --steps 3 \
+    --rounds 1 model.dtype=bfloat16 model.activation_checkpointing="$recompute" rollout.max_response_length=1024 \
+    train.batch_size=64 train.mini_batch_size=32 train.max_tokens_per_micro_batch=16384 rollout.kv_cache_gib=20
   full_size() {
-    part "$1" 590 python bench/bench_step.py --architecture "$2" --response 0 --engines vllm --steps 2 --rounds 1 model.dtype=bfloat16 \
+    part "$1" 590 python bench/bench_step.py --architecture "$2" --response 0 --engines vllm --steps 3 --rounds 1 model.dtype=bfloat16 \
       model.activation_checkpointing="$recompute" train.batch_size=8 train.mini_batch_size=8 train.max_tokens_per_micro_batch=17408 \
       rollout.kv_cache_gib=20 rollout.max_response_length="$3" "${@:4}"
   }
@@ -103,18 +103,19 @@ if python -c 'import vllm' 2>/dev/null; then
   full_size step_compiled Qwen2.5-1.5B 4096 model.compile=true
   full_size step_compiled_without_liger Qwen2.5-1.5B 4096 model.compile=true model.layer_kernels=torch
   part compare 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 2 --problems 64 \
-    --response 300 --limit 1024
+    --response 300 --limit 1024 --sequences-at-once 16 --seconds 250
   if [ -n "${VERL_PYTHON:-}${OPENRLHF_PYTHON:-}" ]; then
     part compare_peers 590 python bench/compare.py --architecture Qwen2.5-0.5B --engines vllm --cases spread --repeats 1 \
-      --problems 64 --response 300 --limit 1024 \
+      --problems 64 --response 300 --limit 1024 --sequences-at-once 16 --seconds 250 \
       ${VERL_PYTHON:+--python "verl=$VERL_PYTHON"} ${OPENRLHF_PYTHON:+--python "openrlhf=$OPENRLHF_PYTHON"}
   fi
   part compare_transformers 540 python bench/compare.py --architecture Qwen2.5-0.5B --engines transformers --cases spread \
-    --repeats 1 --problems 32 --response 300 --limit 512
+    --repeats 1 --problems 32 --response 300 --limit 512 --sequences-at-once 16 --seconds 250
   part demo 540 python -m rlsp_fast demo
 fi
 profiled="model.path=outputs/gpu-model data.train=outputs/gpu-model/problems.jsonl data.template={problem} data.validation=[]
-  sft.steps=0 data.max_prompt_length=256 train.critic_warmup_steps=0"
+  sft.steps=0 data.max_prompt_length=256 train.critic_warmup_steps=0 model.dtype=bfloat16 rollout.max_response_length=1024
+  train.max_tokens_per_micro_batch=16384"
 if command -v nsys >/dev/null || command -v ncu >/dev/null; then
   python bench/random_model.py Qwen2.5-0.5B outputs/gpu-model --response 256 >/dev/null 2>&1
 fi

@@ -2,7 +2,8 @@
 # Nsight Compute of kernels in one step of a recipe, one report a rank, and the table of those that took most:
 #   [KERNELS=REGEX] [PHASE=NAME] [COUNT=60] [STEP=3] [NPROC=1] [OUT=outputs/ncu] bash bench/profile_ncu.sh RECIPE [key=value ...]
 # Every kernel is run many times over, so the step takes minutes: COUNT bounds the launches. KERNELS picks by name; unset: ours.
-# PHASE, a name of docs/metrics.md's timing_s/<phase>, keeps to that phase; unset: the whole step. Writes OUT/rank0.ncu-rep, its
+# PHASE, a name of docs/metrics.md's timing_s/<phase>, keeps to that phase, without what backward launches from autograd's own thread;
+# unset: the whole step. Writes OUT/rank0.ncu-rep, its
 # numbers in OUT/rank0.csv, and OUT/rank0.txt as read_ncu.py prints it.
 set -eu
 cd "$(dirname "$0")/.."

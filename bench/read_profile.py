@@ -127,13 +127,16 @@ def read_trace(path: Path) -> tuple[list[Span], list[Span]]:
     """A Chrome trace of torch.profiler; microseconds there."""
     open_ = gzip.open if path.open("rb").read(2) == b"\x1f\x8b" else open
     with open_(path, "rt") as file:
-        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X" and "cat" in event]
+        trace = json.load(file)
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X" and "cat" in event]
     by_category: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         by_category[event["cat"]].append(event)
     phases = [_span(e, "phase") for e in by_category["user_annotation"] if is_phase(e["name"])]
     kernels = [_span(e, kernel_kind(e["name"])) for e in by_category["kernel"]]
     copies = [_copy(e) for category in ("gpu_memcpy", "gpu_memset") for e in by_category[category]]
+    if not kernels and trace.get("deviceProperties"):
+        raise ProfileError("it was taken on a GPU and has no kernels: CUPTI gave none (is another profiler attached?)")
     return phases, kernels + copies or outermost(by_category["cpu_op"])
 
 

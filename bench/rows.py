@@ -8,6 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+AFTER_GENERATION = ("gather samples", "pack", "group advantages", "metrics of the batch", "metrics of the rollouts")
+"""Paths of host.csv: what every sequence takes on the host between the engine and the optimizer's last step. The others are
+taken while the engine generates, or are of a phase."""
 
 
 def origin(*packages: str) -> dict[str, str]:
@@ -31,12 +34,23 @@ def installed(package: str) -> str:
 
 
 def append(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Adds rows to bench/results/<name>.csv; a new file gets the first row's keys as its header."""
+    """Adds rows to bench/results/<name>.csv; a new file gets the first row's keys as its header.
+
+    Raises:
+        ValueError: when the file has other columns.
+    """
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
+    columns = list(rows[0])
+    if not new:
+        with path.open(newline="") as file:
+            held = next(csv.reader(file))
+        if held != columns:
+            other = ", ".join(sorted(set(held) ^ set(columns))) or "their order"
+            raise ValueError(f"{path} has other columns than these rows: {other}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rows import RESULTS, append, origin
+from rows import AFTER_GENERATION, RESULTS, append, origin
 
 from rlsp_fast import config, plan, shapes
 
@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def host_milliseconds() -> tuple[float, str]:
-    """What packing and group advantages of a micro-batch took, and where that was measured."""
+    """What a micro-batch took on the host, and where that was measured."""
     with (RESULTS / "host.csv").open() as file:
         found = {r["path"]: r for r in csv.DictReader(file)}
-    paths = [found[name] for name in ("pack", "group advantages")]
+    paths = [found[name] for name in AFTER_GENERATION]
     return round(sum(float(r["median_ms"]) for r in paths), 3), f"{paths[0]['device']}, commit {paths[0]['commit']}"
 
 

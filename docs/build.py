@@ -3,6 +3,7 @@ the README, docs/rewards.md and docs/architecture.md."""
 
 import csv
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -10,7 +11,8 @@ from statistics import mean, median, stdev
 from rlsp_fast import config, plan
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+sys.path.insert(0, str(ROOT / "bench"))
+from rows import AFTER_GENERATION, RESULTS  # noqa: E402
 
 
 def main() -> None:
@@ -105,78 +107,97 @@ def across(values: list[float]) -> str:
 
 # --- beside TRL -------------------------------------------------------------------------------
 
-PARTS = ("gen", "reward", "annotate", "update")
+PARTS = ("gen", "reward", "annotate", "update", "other")
 PEERS = {"TRL": "trl", "verl": "verl", "OpenRLHF": "openrlhf"}
 CASES = {"spread": "lengths spread", "full": "all to the limit"}
 
 
+WORK = ("device", "architecture", "dtype", "problems", "samples", "response", "limit", "threads")
+"""Columns of compare.csv that rows of one table share."""
+
+
 def compare() -> str:
-    """A line a case and engine, over its repeats."""
-    rows = compared()
-    if not rows:
-        return "Beside TRL: not measured."
+    """A table a device and work, a line a case, engine and peer."""
+    tables = [compare_table(rows) for rows in compared()]
+    return (
+        "\n\n".join([*tables, "![where a round's time goes](docs/throughput.png)"]) if tables else "Beside TRL: not measured."
+    )
+
+
+def compare_table(rows: list[dict[str, str]]) -> str:
     lines = [
-        "The same GRPO rounds (one generation, two updates) by rlsp_fast and by TRL's GRPO trainer, in turns:",
+        "The same GRPO rounds (one generation, two updates) by rlsp_fast and by other trainers, in turns:",
         "",
-        "| responses | engine | rlsp_fast, s a round | TRL, s a round | tokens a second, rlsp_fast over TRL |",
-        "| --- | --- | --- | --- | --- |",
+        "| responses | engine | beside | rlsp_fast, s a round | the other, s a round | tokens a second, rlsp_fast over it |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for case, engine in dict.fromkeys((r["case"], r["engine"]) for r in rows):
-        ours, theirs = (trainers(rows, case, engine, name) for name in ("rlsp_fast", "trl"))
-        ratios = [float(o["tokens_per_s"]) / float(t["tokens_per_s"]) for o, t in zip(ours, theirs, strict=False)]
-        said = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
-        lines.append(f"| {CASES[case]} | {engine} | {a_round(ours)} | {a_round(theirs) if theirs else 'fails'} | {said} |")
+        ours = trainers(rows, case, engine, "rlsp_fast")
+        for title, peer in PEERS.items():
+            if not any((r["case"], r["engine"], r["trainer"]) == (case, engine, peer) for r in rows):
+                continue
+            theirs = trainers(rows, case, engine, peer)
+            ratios = [float(ours[i]["tokens_per_s"]) / float(theirs[i]["tokens_per_s"]) for i in ours.keys() & theirs.keys()]
+            said = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
+            seconds = [a_round(found) if found else "fails" for found in (ours, theirs)]
+            lines.append(f"| {CASES[case]} | {engine} | {title} | {' | '.join(seconds)} | {said} |")
     r = next(r for r in rows if r["step"])
     repeats = 1 + max(int(x["repeat"]) for x in rows)
-    seconds = "CPU seconds" if r["basis"] == "cpu" else "seconds"
+    seconds = "CPU seconds" if r["basis"] == "cpu" else "Seconds"
+    threads = f", {r['threads']} thread{'s' if r['threads'] != '1' else ''}" if r["threads"] else ""
     lines += [
         "",
-        f"{seconds[0].upper()}{seconds[1:]} of whole rounds, medians of up to {repeats} repeats; {r['problems']} problems of",
+        f"{seconds} of whole rounds, medians of up to {repeats} repeats; {r['problems']} problems of",
         f"{r['samples']} responses, about {r['response']} tokens long where they spread, at most {r['limit']};",
-        f"random weights of `{r['architecture']}`, {r['dtype']}, {r['threads']} thread.",
-        f"{where(r)[:-1]}, TRL {r['trl']}. `python bench/compare.py` says what is not the same in both.",
+        f"random weights of `{r['architecture']}`, {r['dtype']}{threads}.",
+        f"{where(r)[:-1]}, TRL {r['trl']}. `python bench/compare.py` says what is not the same in all.",
     ]
+    lines += [f"{x}." for x in sorted({r["peer"] for r in rows} - {""})]
     older = {(x["engine"], x["commit"]) for x in rows if x["commit"] != r["commit"]}
     lines += [f"The rows of {engine} are of commit {commit}." for engine, commit in sorted(older)]
-    failed = {(x["engine"], x["failed"]) for x in rows if x["trainer"] == "trl" and x["failed"]}
-    lines += [f"TRL with {engine} here: `{why}`" for engine, why in sorted(failed)]
-    return "\n".join([*lines, "", "![where a round's time goes](docs/throughput.png)"])
+    titles = {key: title for title, key in PEERS.items()} | {"rlsp_fast": "rlsp_fast"}
+    failed = {(titles[x["trainer"]], x["engine"], x["failed"]) for x in rows if x["failed"]}
+    return "\n".join(lines + [f"{trainer} with {engine} here: `{why}`" for trainer, engine, why in sorted(failed)])
 
 
-def compared() -> list[dict[str, str]]:
-    """The newest row of each process, of the device and the model measured last."""
-    rows = newest("compare", "case", "engine", "trainer", "repeat", "device", "architecture")
-    return [r for r in rows if all(r[k] == rows[-1][k] for k in ("device", "architecture"))]
+def compared() -> list[list[dict[str, str]]]:
+    """The newest row of each process, by device and work: of each device the work measured last."""
+    rows = newest("compare", "case", "engine", "trainer", "repeat", *WORK)
+    last = {r["device"]: r for r in rows}  # in the order in which they were measured
+    return [[r for r in rows if all(r[k] == chosen[k] for k in WORK)] for chosen in last.values()]
 
 
-def trainers(rows: list[dict[str, str]], case: str, engine: str, trainer: str) -> list[dict[str, str]]:
-    """The rows of one trainer that did not fail."""
-    return [r for r in rows if (r["case"], r["engine"], r["trainer"]) == (case, engine, trainer) and r["step"]]
+def trainers(rows: list[dict[str, str]], case: str, engine: str, trainer: str) -> dict[str, dict[str, str]]:
+    """The rows of one trainer that did not fail, by repeat."""
+    return {r["repeat"]: r for r in rows if (r["case"], r["engine"], r["trainer"]) == (case, engine, trainer) and r["step"]}
 
 
 def share(row: dict[str, str], part: str) -> float:
-    return float(row[part]) / sum(float(row[name]) for name in PARTS)
+    return float(row[part]) / float(row["step"])
 
 
-def a_round(rows: list[dict[str, str]]) -> str:
-    return f"{median(float(r['seconds_a_round']) for r in rows):.2f}"
+def a_round(rows: dict[str, dict[str, str]]) -> str:
+    return f"{median(float(r['seconds_a_round']) for r in rows.values()):.2f}"
 
 
 def plot_compare(path: Path) -> None:
-    """Bars of seconds a round, medians over the repeats, divided as wall-clock time divides between the phases."""
+    """Bars of seconds a round, medians over the repeats, divided as wall-clock time divides between the phases; of the device
+    and the work measured last."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = compared()
+    tables = compared()
+    rows = tables[-1] if tables else []
     keys = dict.fromkeys((r["case"], r["engine"], r["trainer"]) for r in rows if r["step"])
     if not keys:
         return
     figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.45 * len(keys)), layout="constrained")
     left = [0.0] * len(keys)
     for part in PARTS:
-        width = [median(share(r, part) * float(r["seconds_a_round"]) for r in trainers(rows, *key)) for key in keys]
+        found = [trainers(rows, *key).values() for key in keys]
+        width = [median(share(r, part) * float(r["seconds_a_round"]) for r in each) for each in found]
         axes.barh(range(len(keys)), width, left=left, label=part)
         left = [a + b for a, b in zip(left, width, strict=True)]
     axes.set_yticks(range(len(keys)), [f"{trainer}, {engine}, {CASES[case]}" for case, engine, trainer in keys])
@@ -249,10 +270,10 @@ def host() -> str:
     if not rows:
         return "The host between the kernels: not measured."
     each = ", ".join(f"{name} {float(r['median_ms']):.2f}" for name, r in rows.items())
-    whole = sum(float(rows[name]["median_ms"]) for name in ("pack", "group advantages"))
+    whole = sum(float(rows[name]["median_ms"]) for name in AFTER_GENERATION)
     r = next(iter(rows.values()))
     return (
-        f"Python between the kernels, a micro-batch of 64 sequences: {whole:.2f} ms (packing, group advantages).\n"
+        f"Python between the kernels, a micro-batch of 64 sequences: {whole:.2f} ms ({', '.join(AFTER_GENERATION)}).\n"
         f"Milliseconds of each path: {each}.\n"
         f"{r['device']}, torch {r['torch']}, commit {r['commit']}. `python bench/bench_host.py`"
     )
@@ -266,7 +287,7 @@ def rest() -> str:
         [
             *([f"Beside {', '.join(missing)} on a GPU: not measured."] if missing else []),
             "[docs/scaling.md](docs/scaling.md) has 8 to 1,024 GPUs on paper,",
-            "[docs/performance.md](docs/performance.md) says what measures what and what nsys and ncu have not shown yet;",
+            "[docs/performance.md](docs/performance.md) says what measures what;",
             "`bash bench/gpu.sh` measures all that needs a GPU; `make bench` fails when something became slower.",
         ]
     )
@@ -292,17 +313,24 @@ def full_size() -> str:
     rows = [r for r in newest("step", "device", "engine", "architecture", "overrides") if r["train_mfu"] and r["architecture"]]
     if not rows:
         return "On a GPU, a step of Qwen2.5-0.5B and 1.5B with responses of 4k and 16k tokens, its MFU and MBU: not measured."
-    columns = ("step_s", "tokens_per_s", "train_mfu", "decode_mbu", "idle_share", "peak_gib")
-    lines = ["| architecture | engine | settings | " + " | ".join(columns) + " |", "| --- |" + " --- |" * (2 + len(columns))]
-    lines += [f"| {' | '.join(r[k] for k in ('architecture', 'engine', 'overrides', *columns))} |" for r in rows]
-    return "\n".join([*lines, "", f"{where(rows[-1])} `bash bench/gpu.sh`"])
+    same = set.intersection(*(set(r["overrides"].split()) for r in rows))
+    columns = ("step_s", "tokens_per_s", "train_mfu", "decode_mbu", "idle_share", "peak_gib", "commit")
+    head = ("device", "architecture", "engine", "settings", *columns)
+    lines = ["On a GPU, a step at full size:", "", f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
+    for r in rows:
+        settings = " ".join(word for word in r["overrides"].split() if word not in same)
+        lines.append(f"| {' | '.join([r['device'], r['architecture'], r['engine'], settings, *(r[k] for k in columns)])} |")
+    return "\n".join([*lines, "", f"All with `{' '.join(sorted(same))}`. `bash bench/gpu.sh`"])
 
 
 def ncu() -> str:
     """A line a kernel of ours, as bench/read_ncu.py found it."""
     rows = newest("ncu", "device", "kernel")
     if not rows:
-        return "Bandwidth and tensor-pipe use of our kernels within a step: not measured (`bash bench/profile_ncu.sh`)."
+        return (
+            "A step on a GPU under nsys and ncu, and what our kernels use of its bandwidth and tensor pipes: not measured\n"
+            "(`bash bench/profile_nsys.sh RECIPE`, `bash bench/profile_ncu.sh RECIPE`)."
+        )
     columns = {"kernel": "kernel", "calls": "calls", "ms": "ms", "gb_s": "GB/s", "dram": "DRAM, %", "tensor": "tensor pipe, %"}
     lines = [f"| {' | '.join(columns.values())} |", "| --- |" + " --- |" * (len(columns) - 1)]
     lines += [f"| {' | '.join(r[k] for k in columns)} |" for r in rows]

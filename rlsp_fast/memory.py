@@ -235,8 +235,8 @@ class Colocated:
         start = time.perf_counter()
         with nvtx.annotate(f"swap/{name}", domain="rlsp_fast"):
             yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
         self.ledger.note(name)
 

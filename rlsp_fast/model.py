@@ -1,6 +1,7 @@
 """Policy and critic: a Hugging Face decoder over packed sequences, sharded with FSDP2.
 
-Axes: T packed positions, S sequences, D hidden size, V vocabulary, N heads, H head size, L positions of the longest sequence.
+Axes: T packed positions, S sequences, D hidden size, V vocabulary, N heads, H head size; where sdpa pads, L places a sequence
+and P in all.
 The decoder runs once over all T positions as a batch of one; only attention knows where sequences begin and end.
 """
 
@@ -72,7 +73,7 @@ def _layout(batch: PackedBatch, backend: str) -> _Layout:
     for sequences, (_, L) in zip(alike, grids, strict=True):
         for i in sequences:
             begins[i], end = end, end + L
-    begin_S = torch.tensor(begins).to(batch.input_T.device, non_blocking=True)
+    begin_S = torch.tensor(begins, pin_memory=batch.input_T.is_cuda).to(batch.input_T.device, non_blocking=True)
     begin_T = begin_S.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)
     return _Layout(backend, batch.cu_seqlens, batch.max_seqlen, grids, begin_T + batch.position_ids)
 
@@ -144,7 +145,7 @@ def _sdpa(
     window: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     out = _of_grids(q_TNH, k_TNH, v_TNH, packed, scaling, window)
-    out_PNH = out[0] if len(out) == 1 else torch.cat(out)  # what was padded for it is gone
+    out_PNH = out[0] if len(out) == 1 else torch.cat(out)
     return out_PNH.index_select(0, packed.slot_T)
 
 

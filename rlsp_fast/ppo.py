@@ -281,7 +281,8 @@ class PPO:
 
     def _group_advantages(self, micros: list[MicroBatch]) -> None:
         """Each response against the others of its problem. Its score is its reward minus its summed KL penalty."""
-        totals = [_per_sequence(m, m.token_reward_T).tolist() for m in micros]
+        total_S = torch.cat([_per_sequence(m, m.token_reward_T) for m in micros]).cpu()  # one wait for the device
+        totals = [part_S.tolist() for part_S in total_S.split([len(m.group) for m in micros])]
         real = [
             (group, total)
             for m, total_S in zip(micros, totals, strict=True)
@@ -311,18 +312,18 @@ class PPO:
 
         The engine is compared with the trainer where both have the same weights: carried tokens are apart.
         """
-        mask = torch.cat([m.batch.mask_T for m in micros]).cpu()
+        rows_N = torch.cat([m.batch.mask_T for m in micros]).cpu().nonzero().squeeze(-1)
 
         def of_responses(name: str) -> Tensor:
-            return torch.cat([getattr(m, name) for m in micros]).double().cpu()[mask]
+            return torch.cat([getattr(m, name) for m in micros]).cpu().index_select(0, rows_N).double()
 
         old, rollout = of_responses("old_logprob_T"), of_responses("rollout_logprob_T")
         advantage, target = of_responses("advantage_T"), of_responses("return_T")
         diff, mismatch_kl = (old.exp() - rollout.exp()).abs(), kl_penalty(rollout, old, "k3")
         num_carried = carried_kl = 0.0
         if [m for m in micros if m.carried_T is not None]:  # its tensors stay on the host, where they were made
-            fresh_T = torch.zeros(len(mask), dtype=torch.bool)  # long enough for any of them
-            carried = torch.cat([fresh_T[: m.batch.num_tokens] if m.carried_T is None else m.carried_T for m in micros])[mask]
+            fresh_T = torch.zeros(max(m.batch.num_tokens for m in micros), dtype=torch.bool)
+            carried = torch.cat([fresh_T[: m.batch.num_tokens] if m.carried_T is None else m.carried_T for m in micros])[rows_N]
             num_carried, carried_kl = float(carried.sum()), mismatch_kl[carried].sum().item()
             diff, mismatch_kl = diff[~carried], mismatch_kl[~carried]
         sums = {
@@ -467,7 +468,7 @@ class PPO:
         norms: dict[str, list[Tensor]],
         num_updates: int,
     ) -> dict[str, float]:
-        """The step's only wait for the device: everything logged comes over at once."""
+        """What is logged of the updates, read from the device when all of them are queued."""
         metrics: dict[str, float] = {}
         if critic_stats:
             loss, clipped, n = dist.sum_over_ranks(torch.stack(critic_stats).sum(0).tolist())
@@ -509,9 +510,9 @@ def _gae_backend(device: torch.device) -> Backend:
 
 def _per_sequence(m: MicroBatch, x_T: Tensor) -> Tensor:
     """(S,) f64 sums of x_T over each sequence."""
-    lengths = torch.tensor(m.batch.lengths, device=x_T.device)
-    sequence_T = torch.arange(len(lengths), device=x_T.device).repeat_interleave(lengths)
-    return torch.zeros(len(lengths), dtype=torch.float64, device=x_T.device).index_add(0, sequence_T, x_T.double())
+    S = len(m.batch.lengths)
+    sequence_T = torch.arange(S, device=x_T.device).repeat_interleave(m.batch.cu_seqlens.diff(), output_size=len(x_T))
+    return torch.zeros(S, dtype=torch.float64, device=x_T.device).index_add(0, sequence_T, x_T.double())
 
 
 def _along(number_S: Sequence[float], batch: PackedBatch) -> Tensor:

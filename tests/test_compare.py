@@ -20,7 +20,7 @@ def test_a_trainer_does_the_rounds_it_was_given(tmp_path, trainer, engine):
     for needed in {trainer, engine} & {"trl", "vllm"}:
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
-    args = argparse.Namespace(rounds=2, problems=4, samples=2, limit=12, dtype="float32")
+    args = argparse.Namespace(rounds=2, problems=4, samples=2, limit=12, dtype="float32", sequences_at_once=4)
     lm = random_model.make("tiny", tmp_path / "model", response=6, dtype=torch.float32)
     work = compare.make_work(args, lm, engine)
     assert len(work["prompts"]) == 8

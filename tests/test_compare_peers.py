@@ -27,7 +27,9 @@ from length_reward import compute_score, reward_func  # noqa: E402
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     model = random_model.make("tiny", tmp_path_factory.mktemp("peers") / "model", response=6, dtype=torch.float32)
-    return compare.make_work(Namespace(rounds=3, problems=4, samples=2, limit=12, dtype="bfloat16"), model, "vllm")
+    return compare.make_work(
+        Namespace(rounds=3, problems=4, samples=2, limit=12, dtype="bfloat16", sequences_at_once=4), model, "vllm"
+    )
 
 
 def ids(text):

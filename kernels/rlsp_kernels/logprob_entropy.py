@@ -55,9 +55,7 @@ def logprob_entropy_torch(
     stats_2T = torch.stack([z_TV.detach().amax(-1), (-log_p_TV.detach().amax(-1)).exp()])
     if not need_entropy:
         return logprob_T, torch.zeros_like(logprob_T), stats_2T
-    p_TV = log_p_TV.exp()
-    surprise_TV = torch.where(p_TV > 0, log_p_TV, 0.0)  # a logit of -inf contributes 0, not 0 * inf
-    return logprob_T, -(p_TV * surprise_TV).sum(-1), stats_2T
+    return logprob_T, -(log_p_TV.exp() * _finite(log_p_TV)).sum(-1), stats_2T
 
 
 def logprob_entropy_grad_torch(
@@ -75,18 +73,23 @@ def logprob_entropy_grad_torch(
 ) -> Tensor:
     """The gradient of sum(dlogprob * logprob + dentropy * entropy) in the logits; zero where both are, whatever the row."""
     z_TV, slope = _scaled_torch(logits_TV, temperature, softcap, logit_scale)
-    log_p_TV = z_TV - stats_2T[0][:, None] - stats_2T[1].log()[:, None]
-    p_TV = log_p_TV.exp()
-    coef_TV = -dlogprob_T[:, None]
-    active_T = dlogprob_T != 0
-    if dentropy_T is not None:
-        coef_TV = coef_TV - dentropy_T[:, None] * (torch.where(p_TV > 0, log_p_TV, 0.0) + entropy_T[:, None])
-        active_T = active_T | (dentropy_T != 0)
-    grad_TV = p_TV * coef_TV
+    log_p_TV = (z_TV - stats_2T[0][:, None]).sub_(stats_2T[1].log()[:, None])
+    if dentropy_T is None:
+        grad_TV, idle_T = log_p_TV.exp_().mul_(-dlogprob_T[:, None]), dlogprob_T == 0
+    else:
+        coef_TV = -dlogprob_T[:, None] - dentropy_T[:, None] * (_finite(log_p_TV) + entropy_T[:, None])
+        grad_TV, idle_T = log_p_TV.exp_().mul_(coef_TV), (dlogprob_T == 0) & (dentropy_T == 0)
     token_T = token_T - first_token
     here_T = (token_T >= 0) & (token_T < grad_TV.shape[1])
     grad_TV.scatter_add_(1, torch.where(here_T, token_T, 0)[:, None], torch.where(here_T, dlogprob_T, 0.0)[:, None])
-    return torch.where(active_T[:, None], grad_TV * slope, 0.0).to(logits_TV.dtype)
+    if isinstance(slope, Tensor) or slope != 1.0:
+        grad_TV.mul_(slope)
+    return grad_TV.masked_fill_(idle_T[:, None], 0.0).to(logits_TV.dtype)
+
+
+def _finite(log_p_TV: Tensor) -> Tensor:
+    """What to multiply with p, which is 0 long before -1e4: a logit of -inf contributes 0, not 0 * inf."""
+    return log_p_TV.clamp(min=-1e4)
 
 
 def _scaled_torch(
@@ -102,7 +105,7 @@ def _scaled_torch(
     if softcap is not None:
         tanh_TV = torch.tanh(x_TV / softcap)
         x_TV, slope = softcap * tanh_TV, slope * (1 - tanh_TV.square())
-    return x_TV / temperature, slope
+    return x_TV if isinstance(temperature, float) and temperature == 1.0 else x_TV / temperature, slope
 
 
 def merge_ranks(

@@ -1,0 +1,93 @@
+"""docs/build.py makes the README's tables from rows as a GPU would leave them: several devices, failures, other trainers."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+
+import build  # noqa: E402
+
+COMPARE = {
+    "commit": "c0ffee", "torch": "2.11", "transformers": "5", "trl": "1.16", "vllm": "0.23", "threads": "", "dtype": "bfloat16",
+    "architecture": "Qwen2.5-0.5B", "problems": "64", "samples": "4", "response": "300", "limit": "1024",
+    "case": "spread", "engine": "vllm", "basis": "step", "step": "10", "gen": "4", "reward": "0", "annotate": "2",
+    "update": "3", "other": "1", "failed": "", "peer": "", "rounds": "3",
+}  # fmt: skip
+STEP = dict.fromkeys(("commit", "torch", "vllm", "recipe", "idle_share", "peak_gib", "decode_mbu"), "x") | {
+    "engine": "vllm", "architecture": "Qwen2.5-1.5B", "step_s": "9", "tokens_per_s": "1000", "train_mfu": "0.46",
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "RESULTS", tmp_path)
+
+    def write(name, rows):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return write
+
+
+def compared(device, trainer, repeat, rate, **changes):
+    found = {"device": device, "trainer": trainer, "repeat": str(repeat), "seconds_a_round": "8", "tokens_per_s": str(rate)}
+    return COMPARE | found | changes
+
+
+def test_ratios_are_of_one_repeat_each_and_every_device_and_peer_has_its_line(write, tmp_path):
+    failed = {"step": "", "seconds_a_round": "", "failed": "OutOfMemoryError: CUDA"}
+    write(
+        "compare",
+        [
+            compared("CPU", "rlsp_fast", 0, 300, basis="cpu", threads="1"),
+            compared("CPU", "trl", 0, 100, basis="cpu", threads="1"),
+            compared("H200", "rlsp_fast", 0, 999),
+            compared("H200", "trl", 0, "", **failed),
+            compared("H200", "rlsp_fast", 1, 500),
+            compared("H200", "trl", 1, 250),
+            compared("H200", "verl", 1, 400, peer="verl 0.9.1"),
+        ],
+    )
+    text = build.compare()
+    assert "| lengths spread | vllm | TRL | 8.00 | 8.00 | 3.00 (3.00 to 3.00) |" in text
+    assert "| lengths spread | vllm | TRL | 8.00 | 8.00 | 2.00 (2.00 to 2.00) |" in text  # not 999 over 250
+    assert "| lengths spread | vllm | verl | 8.00 | 8.00 | 1.25 (1.25 to 1.25) |" in text
+    assert "TRL with vllm here: `OutOfMemoryError: CUDA`" in text and "verl 0.9.1." in text
+    assert "float16, 1 thread." in text and "float16." in text  # a GPU's rows name no threads
+    assert build.rest().startswith("Beside OpenRLHF on a GPU: not measured.")
+    build.plot_compare(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_rows_of_other_work_do_not_mix(write):
+    small = {"problems": "32", "limit": "512"}
+    write(
+        "compare",
+        [compared("H200", "rlsp_fast", 0, 100, **small), compared("H200", "trl", 0, 10, **small)]
+        + [compared("H200", "rlsp_fast", 0, 200), compared("H200", "trl", 0, 100)],
+    )
+    assert "2.00 (2.00 to 2.00)" in build.compare() and "10.00" not in build.compare()
+
+
+def test_steps_at_full_size_name_their_device_and_what_differs(write):
+    write(
+        "step",
+        [
+            STEP | {"device": "H100", "overrides": "model.dtype=bfloat16 rollout.max_response_length=4096"},
+            STEP | {"device": "H200", "overrides": "model.dtype=bfloat16 rollout.max_response_length=16384"},
+        ],
+    )
+    text = build.full_size()
+    assert "| H100 | Qwen2.5-1.5B | vllm | rollout.max_response_length=4096 | 9 | 1000 | 0.46 |" in text
+    assert "| H200 | Qwen2.5-1.5B | vllm | rollout.max_response_length=16384 |" in text
+    assert "All with `model.dtype=bfloat16`." in text
+
+
+def test_what_has_no_rows_is_called_not_measured(write):
+    for table in (build.compare, build.step, build.full_size, build.ncu, build.ops, build.packing, build.host):
+        assert "not measured" in table()
