@@ -448,12 +448,29 @@ def ppo_rows(
 ) -> None:
     """Writes the columns of these rows, and their gradient where dlogits_TV (which may be logits_TV) is given."""
     need_entropy = need_entropy or clip.entropy_coef != 0
-    if not triton_:
-        for rows in row_blocks(logits_TV):
-            _ppo_rows_torch(
+    blocks = [slice(None)] if triton_ else row_blocks(logits_TV)
+    if len(blocks) > 1:
+        for rows in blocks:
+            ppo_rows(
                 logits_TV[rows], None if dlogits_TV is None else dlogits_TV[rows], columns_CT[:, rows], tokens.rows(rows), clip,
-                temperature, softcap, logit_scale, need_entropy,
+                temperature, softcap, logit_scale, need_entropy, triton_,
             )  # fmt: skip
+        return
+    if not triton_:
+        scaling = {
+            "temperature": temperature if tokens.temperature_T is None else tokens.temperature_T,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+        }
+        token_T = torch.where(tokens.weight_T != 0, tokens.token_T, 0)  # one left out may be no token at all: -100
+        logprob_T, entropy_T, stats_2T = logprob_entropy_torch(logits_TV, token_T, need_entropy=need_entropy, **scaling)
+        columns, g_T, g_entropy_T = policy_terms_torch(logprob_T, entropy_T, *tokens[1:6], clip)
+        columns_CT.copy_(columns)
+        if dlogits_TV is not None:
+            grad_TV = logprob_entropy_grad_torch(
+                g_T, g_entropy_T if clip.entropy_coef else None, logits_TV, token_T, entropy_T, stats_2T, **scaling
+            )
+            dlogits_TV.copy_(grad_TV)
         return
     T, V = logits_TV.shape
     # The soft-cap's arithmetic spills where a thread holds two vectors.
@@ -468,33 +485,6 @@ def ppo_rows(
         KL_KIND=KL_KINDS.index(clip.kl_kind) + 1,
         ROWS=rows, THREADS=threads, VECTOR=vector, num_warps=threads // 32, **LAUNCH,
     )  # fmt: skip
-
-
-def _ppo_rows_torch(
-    logits_TV: Tensor,
-    dlogits_TV: Tensor | None,
-    columns_CT: Tensor,
-    tokens: PerToken,
-    clip: Clip,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    need_entropy: bool,
-) -> None:
-    scaling = {
-        "temperature": temperature if tokens.temperature_T is None else tokens.temperature_T,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-    }
-    token_T = torch.where(tokens.weight_T != 0, tokens.token_T, 0)  # one left out may be no token at all: -100
-    logprob_T, entropy_T, stats_2T = logprob_entropy_torch(logits_TV, token_T, need_entropy=need_entropy, **scaling)
-    columns, g_T, g_entropy_T = policy_terms_torch(logprob_T, entropy_T, *tokens[1:6], clip)
-    columns_CT.copy_(columns)
-    if dlogits_TV is not None:
-        grad_TV = logprob_entropy_grad_torch(
-            g_T, g_entropy_T if clip.entropy_coef else None, logits_TV, token_T, entropy_T, stats_2T, **scaling
-        )
-        dlogits_TV.copy_(grad_TV)
 
 
 def empty_columns(T: int, like: Tensor) -> Tensor:
