@@ -5,8 +5,8 @@
 The sequences have GSM8K's lengths (12,404 positions in all). Each path that a step takes on the host is called many times, its
 thread's CPU time taken each time (which a busy machine does not stretch), and the medians, the fastest and the number of Python
 calls are printed: packing, the group advantages, gathering samples over ranks, metrics; the range around a phase (NVTX and
-torch.profiler, none attached); and, while the engine generates, decoding the responses (a tokenizer of one word an id,
-random_model.py's) and submitting them to the verifier. Appends to bench/results/host.csv. With --instructions, callgrind
+torch.profiler, none attached); and, between the engine's own steps as responses end, decoding them (a tokenizer of one word
+an id, random_model.py's) and submitting them to the verifier. Appends to bench/results/host.csv. With --instructions, callgrind
 counts the instructions of one warm call of each: a number that hardly changes from run to run, which `make bench` watches.
 That takes valgrind, its headers and a C compiler, and a few minutes.
 """

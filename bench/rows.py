@@ -9,8 +9,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 AFTER_GENERATION = ("gather samples", "pack", "group advantages", "metrics of the batch", "metrics of the rollouts")
-"""Paths of host.csv: what every sequence takes on the host between the engine and the optimizer's last step. The others are
-taken while the engine generates, or are of a phase."""
+"""Paths of host.csv: what every sequence takes on the host between generation and the end of a step. The others it takes
+between the engine's own steps, as responses end, or they are of a phase."""
 
 
 def origin(*packages: str) -> dict[str, str]:

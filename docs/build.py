@@ -39,12 +39,17 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def newest(name: str, *keys: str) -> list[dict[str, str]]:
-    """The last row of each value of keys."""
+    """The last row of each value of keys, in the order in which these were measured."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
+    found: dict[tuple[str, ...], dict[str, str]] = {}
     with path.open() as file:
-        return list({tuple(row[k] for k in keys): row for row in csv.DictReader(file)}.values())
+        for row in csv.DictReader(file):
+            key = tuple(row[k] for k in keys)
+            found.pop(key, None)
+            found[key] = row
+    return list(found.values())
 
 
 def demo() -> str:
@@ -112,7 +117,7 @@ PEERS = {"TRL": "trl", "verl": "verl", "OpenRLHF": "openrlhf"}
 CASES = {"spread": "lengths spread", "full": "all to the limit"}
 
 
-WORK = ("device", "architecture", "dtype", "problems", "samples", "response", "limit", "threads")
+WORK = ("device", "architecture", "dtype", "problems", "samples", "response", "limit", "sequences_at_once", "threads")
 """Columns of compare.csv that rows of one table share."""
 
 
@@ -141,7 +146,7 @@ def compare_table(rows: list[dict[str, str]]) -> str:
             said = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
             seconds = [a_round(found) if found else "fails" for found in (ours, theirs)]
             lines.append(f"| {CASES[case]} | {engine} | {title} | {' | '.join(seconds)} | {said} |")
-    r = next(r for r in rows if r["step"])
+    r = next((r for r in rows if r["step"]), rows[0])
     repeats = 1 + max(int(x["repeat"]) for x in rows)
     seconds = "CPU seconds" if r["basis"] == "cpu" else "Seconds"
     threads = f", {r['threads']} thread{'s' if r['threads'] != '1' else ''}" if r["threads"] else ""
@@ -161,10 +166,10 @@ def compare_table(rows: list[dict[str, str]]) -> str:
 
 
 def compared() -> list[list[dict[str, str]]]:
-    """The newest row of each process, by device and work: of each device the work measured last."""
+    """The newest row of each process, by device and work, what was measured last at the end."""
     rows = newest("compare", "case", "engine", "trainer", "repeat", *WORK)
-    last = {r["device"]: r for r in rows}  # in the order in which they were measured
-    return [[r for r in rows if all(r[k] == chosen[k] for k in WORK)] for chosen in last.values()]
+    works = dict.fromkeys(tuple(r[k] for k in WORK) for r in reversed(rows))
+    return [[r for r in rows if tuple(r[k] for k in WORK) == work] for work in reversed(works)]
 
 
 def trainers(rows: list[dict[str, str]], case: str, engine: str, trainer: str) -> dict[str, dict[str, str]]:
@@ -269,12 +274,14 @@ def host() -> str:
     rows = {r["path"]: r for r in newest("host", "path")}
     if not rows:
         return "The host between the kernels: not measured."
-    each = ", ".join(f"{name} {float(r['median_ms']):.2f}" for name, r in rows.items())
+    each = ", ".join(f"{name} {float(rows[name]['median_ms']):.2f}" for name in AFTER_GENERATION)
+    others = ", ".join(f"{name} {float(r['median_ms']):.2f}" for name, r in rows.items() if name not in AFTER_GENERATION)
     whole = sum(float(rows[name]["median_ms"]) for name in AFTER_GENERATION)
     r = next(iter(rows.values()))
     return (
-        f"Python between the kernels, a micro-batch of 64 sequences: {whole:.2f} ms ({', '.join(AFTER_GENERATION)}).\n"
-        f"Milliseconds of each path: {each}.\n"
+        f"Python between generation and the end of a step, a micro-batch of 64 sequences: {whole:.2f} ms (target: at most 2):\n"
+        f"{each}.\n"
+        f"Between the engine's own steps, as responses end, and of a phase: {others}.\n"
         f"{r['device']}, torch {r['torch']}, commit {r['commit']}. `python bench/bench_host.py`"
     )
 
@@ -294,8 +301,9 @@ def rest() -> str:
 
 
 def step() -> str:
-    rows = newest("step", "engine", "recipe", "architecture", "overrides")
+    rows = newest("step", "device", "engine", "recipe", "architecture", "overrides")
     rows = [r for r in rows if r["recipe"] == "demo" and not r["architecture"] and not r["overrides"]]
+    rows = [r for r in rows if r["device"] == rows[-1]["device"]]
     if not rows:
         return "Step time: not measured."
     phases = [name for name in rows[0] if name.endswith("_s") and name not in ("step_s", "tokens_per_s")]
@@ -331,11 +339,11 @@ def ncu() -> str:
             "A step on a GPU under nsys and ncu, and what our kernels use of its bandwidth and tensor pipes: not measured\n"
             "(`bash bench/profile_nsys.sh RECIPE`, `bash bench/profile_ncu.sh RECIPE`)."
         )
-    columns = {"kernel": "kernel", "calls": "calls", "ms": "ms", "gb_s": "GB/s", "dram": "DRAM, %", "tensor": "tensor pipe, %"}
-    lines = [f"| {' | '.join(columns.values())} |", "| --- |" + " --- |" * (len(columns) - 1)]
+    columns = {"device": "device", "kernel": "kernel", "calls": "calls", "ms": "ms", "gb_s": "GB/s", "dram": "DRAM, %"}
+    columns |= {"tensor": "tensor pipe, %", "commit": "commit"}
+    lines = ["Our kernels within a step:", "", f"| {' | '.join(columns.values())} |", "| --- |" + " --- |" * (len(columns) - 1)]
     lines += [f"| {' | '.join(r[k] for k in columns)} |" for r in rows]
-    r = rows[-1]
-    return "\n".join([*lines, "", f"{r['device']}, torch {r['torch']}, commit {r['commit']}. `bash bench/profile_ncu.sh`"])
+    return "\n".join([*lines, "", "`bash bench/profile_ncu.sh`"])
 
 
 def ops() -> str:

@@ -13,6 +13,7 @@ import build  # noqa: E402
 COMPARE = {
     "commit": "c0ffee", "torch": "2.11", "transformers": "5", "trl": "1.16", "vllm": "0.23", "threads": "", "dtype": "bfloat16",
     "architecture": "Qwen2.5-0.5B", "problems": "64", "samples": "4", "response": "300", "limit": "1024",
+    "sequences_at_once": "16",
     "case": "spread", "engine": "vllm", "basis": "step", "step": "10", "gen": "4", "reward": "0", "annotate": "2",
     "update": "3", "other": "1", "failed": "", "peer": "", "rounds": "3",
 }  # fmt: skip
@@ -64,14 +65,24 @@ def test_ratios_are_of_one_repeat_each_and_every_device_and_peer_has_its_line(wr
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_rows_of_other_work_do_not_mix(write):
+def test_a_device_on_which_nothing_ran_says_why(write):
+    failed = {"step": "", "seconds_a_round": "", "failed": "OutOfMemoryError: CUDA"}
+    write("compare", [compared("H100", name, 0, "", **failed) for name in ("rlsp_fast", "trl")])
+    assert "| lengths spread | vllm | TRL | fails | fails | - |" in build.compare()
+    assert "rlsp_fast with vllm here: `OutOfMemoryError: CUDA`" in build.compare()
+
+
+def test_rows_of_other_work_have_a_table_of_their_own_and_what_was_measured_last_is_last(write):
     small = {"problems": "32", "limit": "512"}
     write(
         "compare",
         [compared("H200", "rlsp_fast", 0, 100, **small), compared("H200", "trl", 0, 10, **small)]
-        + [compared("H200", "rlsp_fast", 0, 200), compared("H200", "trl", 0, 100)],
+        + [compared("H200", "rlsp_fast", 0, 200), compared("H200", "trl", 0, 100)]
+        + [compared("H200", "rlsp_fast", 0, 300, **small), compared("H200", "trl", 0, 100, **small)],
     )
-    assert "2.00 (2.00 to 2.00)" in build.compare() and "10.00" not in build.compare()
+    text = build.compare()
+    assert text.index("2.00 (2.00 to 2.00)") < text.index("3.00 (3.00 to 3.00)") and "10.00" not in text
+    assert [table[0]["limit"] for table in build.compared()] == ["1024", "512"]
 
 
 def test_steps_at_full_size_name_their_device_and_what_differs(write):
@@ -86,6 +97,17 @@ def test_steps_at_full_size_name_their_device_and_what_differs(write):
     assert "| H100 | Qwen2.5-1.5B | vllm | rollout.max_response_length=4096 | 9 | 1000 | 0.46 |" in text
     assert "| H200 | Qwen2.5-1.5B | vllm | rollout.max_response_length=16384 |" in text
     assert "All with `model.dtype=bfloat16`." in text
+
+
+def test_kernels_and_steps_of_two_devices_do_not_mix(write):
+    kernel = dict.fromkeys(("calls", "ms", "gb_s", "dram", "tensor", "commit"), "1") | {"kernel": "_ppo_loss_kernel"}
+    write("ncu", [kernel | {"device": device} for device in ("H100", "H200")])
+    assert build.ncu().count("_ppo_loss_kernel") == 2 and "| H100 |" in build.ncu() and "| H200 |" in build.ncu()
+    phases = {"gen_s": "1", "step_s": "2", "tokens_per_s": "3", "peak_gib": "4", "torch": "2.11", "vllm": "0.23", "commit": "c"}
+    demo = phases | {"recipe": "demo", "architecture": "", "overrides": ""}
+    rows = [demo | {"device": d, "engine": e} for d, e in (("CPU", "vllm"), ("CPU", "transformers"), ("H200", "vllm"))]
+    write("step", rows)
+    assert "| phase | vllm |\n" in build.step() and "H200, torch" in build.step()
 
 
 def test_what_has_no_rows_is_called_not_measured(write):

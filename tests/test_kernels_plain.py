@@ -349,16 +349,26 @@ def test_linear_logprob_entropy_equals_the_one_on_logits_with_its_gradients(budg
 
 
 @pytest.mark.parametrize("rows", [1, 4, 11])
-@pytest.mark.parametrize("temperature", [0.9, torch.linspace(0.5, 2, 11)], ids=["one temperature", "temperature per token"])
-def test_a_few_rows_at_a_time_give_the_bits_of_all_at_once(monkeypatch, rows, temperature):
-    logits_TV, token_T = draw(11, 13, seed=4).requires_grad_(), tokens(11, 13)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "scaling",
+    [{"temperature": 1.0}, {"temperature": 0.9, "softcap": 3.0}, {"temperature": torch.linspace(0.5, 2, 11)}],
+    ids=["plain", "scaled", "temperature per token"],
+)
+def test_a_few_rows_at_a_time_give_the_bits_of_all_at_once(monkeypatch, rows, dtype, scaling):
+    logits_TV, token_T = draw(11, 13, seed=4, dtype=dtype).requires_grad_(), tokens(11, 13)
+    given_TV = logits_TV.detach().clone()
     old_T, ref_T, weight_T = draw(11, seed=1) - 3, draw(11, seed=3) - 3, of(1, 0, 2, 1, 1, 0, 1, 3, 1, 1, 1)
-    options = {"dual_clip": 1.3, "ref_logprob_T": ref_T, "kl_coef": 0.2, "entropy_coef": 0.05, "temperature": temperature}
+    options = {"dual_clip": 1.3, "ref_logprob_T": ref_T, "kl_coef": 0.2, "entropy_coef": 0.05, **scaling}
 
     def found():
-        logprob_T, entropy_T = logprob_entropy(logits_TV, token_T, temperature=temperature)
+        logprob_T, entropy_T = logprob_entropy(logits_TV, token_T, **scaling)
         loss, metrics = ppo_loss(logits_TV, token_T, old_T, draw(11, seed=2), weight_T, inplace=False, **options)
         gradients = [torch.autograd.grad(x, logits_TV)[0] for x in ((logprob_T * old_T - entropy_T).sum(), loss)]
+        assert torch.equal(logits_TV, given_TV)
+        leaf_TV = given_TV.clone().requires_grad_()
+        over, _ = ppo_loss(leaf_TV * 1.0, token_T, old_T, draw(11, seed=2), weight_T, inplace=True, **options)
+        gradients.append(torch.autograd.grad(over, leaf_TV)[0])
         return torch.stack([logprob_T, entropy_T]), torch.stack([loss.double(), *metrics]), *gradients
 
     whole = found()

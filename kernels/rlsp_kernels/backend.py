@@ -12,7 +12,7 @@ Backend = Literal["auto", "torch", "triton"]
 # ex2(x * c - m) as one fused multiply-add each: Triton 3.10 turns fusion off unless asked.
 LAUNCH = {"enable_fp_fusion": True}
 
-CPU_BLOCK = 1 << 20  # bytes of float32 logits; plain torch in one piece takes 3 to 4 times as long, most of it page faults
+CPU_BLOCK = 1 << 20  # bytes of float32 logits; more, and what lies between two operators goes to fresh pages: bench/LOG.md
 
 ROW_ALIGN = 16  # elements: 32 bytes of bf16, a multiple of the 16 bytes of one vector load in every dtype
 
