@@ -3,8 +3,9 @@
     python bench/bench_ops.py [--steps 3] [--sequences 256]
 
 Annotates and updates the demo's policy and critic on sequences of the demo's lengths under torch.profiler, and groups operators
-by what they do: self time on the CPU, or on the GPU where there is one. The largest of the rest are named. Appends a row an
-operator to bench/results/ops.csv.
+by what they do: self time on the CPU, or on the GPU where there is one. What a phase's range has for itself is Python's on a
+CPU; on a GPU it is no kernel and left out. The largest of the rest are named. Appends a row an operator to
+bench/results/ops.csv.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from bench_step import PHASES
 from rows import append, origin
 from torch.profiler import ProfilerActivity, profile
 
@@ -21,10 +23,12 @@ from rlsp_fast.log import Timer
 from rlsp_fast.optim import Optimizer
 from rlsp_fast.ppo import PPO, Sample
 
+PYTHON = "Python between operators"
 GROUPS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
     "attention": ("scaled_dot_product", "flash_attention"),
     "optimizer": ("aten::_fused_adamw", "aten::_foreach"),
+    PYTHON: (PYTHON,),
     "FSDP": ("fsdp::", "c10d::", "gloo:", "nccl:", "aten::split_with_sizes_copy", "aten::_chunk_cat"),
 }
 
@@ -43,6 +47,9 @@ def main() -> None:
             step(ppo, samples)
     kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     seconds = {event.key: getattr(event, kind) / 1e6 for event in profiled.key_averages()}
+    python = sum(seconds.pop(phase, 0.0) for phase in PHASES)
+    if device.type != "cuda":
+        seconds[PYTHON] = python
     rows = summarise(seconds)
     for row in rows:
         print(f"{row['share']:>7.1%}  {row['seconds'] / args.steps:8.3f} s  {row['group']:18s} {row['operator']}")
