@@ -13,6 +13,10 @@ command -v ncu >/dev/null || {
   echo "ncu is not installed: it comes with the CUDA toolkit"
   exit 1
 }
+command -v torchrun >/dev/null || {
+  echo "torchrun is not on the PATH: activate the environment that rlsp_fast is installed in (. .venv/bin/activate)"
+  exit 1
+}
 export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
 ours='^(_(logprob_entropy|logprob_entropy_grad|ppo_loss|reduce|value_loss|kl_penalty|scale)_kernel|packed_gae_kernel)'
 metrics=$(cd bench && python -c 'import read_ncu; print(",".join(read_ncu.METRICS))')

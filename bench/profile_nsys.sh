@@ -10,6 +10,10 @@ command -v nsys >/dev/null || {
   echo "nsys is not installed: python bench/profile_run.py ... --trace $out writes a torch.profiler trace, which read_profile.py reads too"
   exit 1
 }
+command -v torchrun >/dev/null || {
+  echo "torchrun is not on the PATH: activate the environment that rlsp_fast is installed in (. .venv/bin/activate)"
+  exit 1
+}
 export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
 torchrun --nproc-per-node "${NPROC:-1}" --no-python \
   nsys profile --trace=cuda,nvtx,cublas,osrt --cuda-graph-trace=node --sample=none --cpuctxsw=none \
