@@ -88,7 +88,7 @@ def step(ppo: PPO, samples: list[Sample]) -> None:
 def summarise(seconds: dict[str, float]) -> list[dict[str, object]]:
     """One row a group, then the ten largest operators of the rest."""
     total = sum(seconds.values())
-    groups = dict.fromkeys([*GROUPS, "the rest"], 0.0)
+    groups = dict.fromkeys([g for g in GROUPS if g != PYTHON or PYTHON in seconds] + ["the rest"], 0.0)
     rest = {}
     for name, spent in seconds.items():
         group = next((g for g, parts in GROUPS.items() if any(part in name for part in parts)), "the rest")

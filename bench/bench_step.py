@@ -63,7 +63,7 @@ def main() -> None:
         job = plan.make_job(asked, shapes.read(asked.model.path), gpu=gpu() or "H100", num_gpus=1)
         for _ in range(args.rounds):
             for engine in args.engines:
-                measured[engine] += steps(args, engine, overrides, Path(folder))[1:]  # its first step compiles
+                measured[engine] += steps(args, engine, overrides, Path(folder))[1:]
         idle = {engine: idle_share(args, engine, overrides, Path(folder)) if args.idle else "" for engine in args.engines}
     rows = [summarise(args, engine, found, job, idle[engine]) for engine, found in measured.items()]
     show(rows)

@@ -122,12 +122,8 @@ def why_not(peer: str, has: dict[str, str], args: argparse.Namespace) -> str:
     if "vllm" not in args.engines:
         return "it generates with vLLM only, which --engines leaves out"
     python = args.python.get(peer, sys.executable)
-    done = subprocess.run(
-        [python, "-c", f"import {CLUSTER[peer]}, tensorboard, datasets, pyarrow"],
-        env=environment(python),
-        capture_output=True,
-        text=True,
-    )
+    code = f"import {CLUSTER[peer]}, tensorboard, datasets, pyarrow"
+    done = subprocess.run([python, "-c", code], env=environment(python), capture_output=True, text=True)
     return f"{peer} {has[peer]} does not import: {done.stderr.splitlines()[-1]}" if done.returncode else ""
 
 

@@ -1,5 +1,6 @@
 """What bench/bench_step.py calls MFU and MBU, by hand."""
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import bench_step  # noqa: E402
 
-from rlsp_fast import config, plan, shapes  # noqa: E402
+from rlsp_fast import budget, config, plan, shapes  # noqa: E402
 
 FOUND = {
     "prompt_length/mean": 100.0,
@@ -48,3 +49,13 @@ def test_more_seconds_are_a_lower_share(job):
     assert bench_step.mbu(job, slow) == pytest.approx(bench_step.mbu(job, FOUND) / 2)
     assert bench_step.mfu(job, slow) == pytest.approx(bench_step.mfu(job, FOUND) / 2)
     assert bench_step.mfu(replace(job, gpu=plan.GPUS["B200"]), FOUND) == pytest.approx(bench_step.mfu(job, FOUND) * 989 / 2250)
+
+
+def test_a_run_that_halved_its_micro_batches_gives_no_row(tmp_path, monkeypatch):
+    def halved(command, overrides):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / budget.LEARNED).write_text("{}")
+
+    monkeypatch.setattr(bench_step, "run", halved)
+    with pytest.raises(SystemExit, match="halved"):
+        bench_step.steps(argparse.Namespace(recipe="demo", steps=2), "vllm", [], tmp_path)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "bench")]
+
+import rows  # noqa: E402
 
 import build  # noqa: E402
 
@@ -105,11 +108,21 @@ def test_kernels_and_steps_of_two_devices_do_not_mix(write):
     assert build.ncu().count("_ppo_loss_kernel") == 2 and "| H100 |" in build.ncu() and "| H200 |" in build.ncu()
     phases = {"gen_s": "1", "step_s": "2", "tokens_per_s": "3", "peak_gib": "4", "torch": "2.11", "vllm": "0.23", "commit": "c"}
     demo = phases | {"recipe": "demo", "architecture": "", "overrides": ""}
-    rows = [demo | {"device": d, "engine": e} for d, e in (("CPU", "vllm"), ("CPU", "transformers"), ("H200", "vllm"))]
-    write("step", rows)
+    ran = (("CPU", "vllm"), ("CPU", "transformers"), ("H200", "vllm"))
+    write("step", [demo | {"device": device, "engine": engine} for device, engine in ran])
     assert "| phase | vllm |\n" in build.step() and "H200, torch" in build.step()
 
 
 def test_what_has_no_rows_is_called_not_measured(write):
     for table in (build.compare, build.step, build.full_size, build.ncu, build.ops, build.packing, build.host):
         assert "not measured" in table()
+
+
+def test_rows_of_other_columns_are_not_appended(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    path = rows.append("some", [{"a": 1, "b": 2}])
+    rows.append("some", [{"a": 3, "b": 4}])
+    for other, named in ({"a": 1, "c": 2}, "b, c"), ({"b": 1, "a": 2}, "their order"):
+        with pytest.raises(ValueError, match=named):
+            rows.append("some", [other])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]

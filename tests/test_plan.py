@@ -214,6 +214,14 @@ def test_offloaded_states_leave_generation_and_return_to_training():
     assert all(before[name].total == after[name].total for name in before if name != "generate")
 
 
+def test_cuda_graphs_are_counted_unless_the_engine_is_told_to_be_eager():
+    graphs = {
+        asked: next(iter(plan.phases(job("llama-3.1-8b-math-paper", f"rollout.enforce_eager={asked}")))).parts["CUDA graphs"]
+        for asked in ("auto", "false", "true")
+    }
+    assert graphs["auto"] == graphs["false"] == GIB and graphs["true"] == 0
+
+
 def test_sleep_level_1_keeps_the_engines_weights_on_the_host():
     assert plan.host_bytes(job()) == 0
     assert plan.host_bytes(job("llama-3.1-8b-math-paper", "rollout.sleep_level=1")) == plan.engine_weights(job())

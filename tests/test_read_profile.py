@@ -1,5 +1,6 @@
 """bench/read_profile.py on small profiles that make_profiles.py made: nsys exports by hand and cut, a trace of torch cut."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_a_trace_of_torch_on_a_cpu_has_phases_operators_and_gaps():
     assert rows["old_log_prob"]["kernels"].startswith("aten::linear")
     assert "x28" in rows["old_log_prob"]["kernels"]  # four layers of seven matrices
     assert "rlsp_kernels::packed_gae" in rows["adv"]["kernels"]
+
+
+def test_a_trace_of_a_gpu_without_kernels_is_refused(tmp_path):
+    event = {"ph": "X", "cat": "user_annotation", "name": "gen", "ts": 0, "dur": 1, "tid": 1}
+    path = tmp_path / "rank0.json"
+    path.write_text(json.dumps({"deviceProperties": [{"name": "H200"}], "traceEvents": [event]}))
+    with pytest.raises(read_profile.ProfileError, match="no kernels"):
+        read_profile.read(path)
 
 
 def test_operators_that_others_called_do_not_count_again():
